@@ -74,17 +74,32 @@ class Primitive:
         return pulled + [None] * (len(node.inputs) - len(pulled))
 
 
-def _same_precision(name: str, args: tuple) -> tuple:
-    """Bring constants to the precision of the tensors; refuse two tensors of different precision."""
+def _precision(name: str, args: tuple) -> np.dtype | None:
+    """The one precision of the float tensors among the arguments; two of different precision are refused."""
     dtypes = {a.data.dtype for a in args if isinstance(a, Variable) and a.data.dtype.kind == "f"}
     if len(dtypes) > 1:
         raise TypeError(
             f"{name}: tensors of one precision are wanted, got {' and '.join(sorted(map(str, dtypes)))}. "
             "Convert one of them with .float() or .double()."
         )
-    if not dtypes:
+    return dtypes.pop() if dtypes else None
+
+
+def _one_precision(name: str, args: tuple) -> tuple:
+    """Bring floating-point constant arrays to the precision of the tensors; leave indices and masks alone."""
+    dtype = _precision(name, args)
+    if dtype is None:
         return args
-    (dtype,) = dtypes
+    return tuple(
+        a.astype(dtype, copy=False) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args
+    )
+
+
+def _same_precision(name: str, args: tuple) -> tuple:
+    """Bring every constant, integer tensors included, to the precision of the float tensors."""
+    dtype = _precision(name, args)
+    if dtype is None:
+        return args
 
     def adapt(a: Any) -> Any:
         if isinstance(a, Variable):
@@ -117,7 +132,7 @@ class Derived:
         return f"<derived {self.name}>"
 
     def __call__(self, *args: Any, **params: Any) -> Any:
-        args = _same_precision(self.name, args)
+        args = _one_precision(self.name, args)
         value, vjp = self.arrays(*[a.data if isinstance(a, Variable) else a for a in args], **params)
         record = is_recording() and any(isinstance(a, Variable) and a.requires_grad for a in args)
         if not isinstance(value, tuple):
