@@ -86,6 +86,6 @@ def token_logprobs(logits: np.ndarray, chosen: np.ndarray):
     def vjp(dy):
         dz = np.multiply(e, -dy[..., None] / total, out=scratch.empty_like(e))
         np.put_along_axis(dz, ids, np.take_along_axis(dz, ids, -1) + dy[..., None], -1)
-        return dz, None
+        return dz
 
     return (np.take_along_axis(logits, ids, -1) - top - np.log(total))[..., 0], vjp

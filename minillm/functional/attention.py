@@ -1,0 +1,162 @@
+r"""Attention as written: scores, weights, context; multi-head, grouped and rotary."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from minillm.autograd import Tensor, where
+from minillm.autograd.registry import written
+from minillm.checks import require
+from minillm.functional.positions import rope, rotation_angles
+
+
+def causal_mask(L_q: int, L_k: int | None = None) -> Bool[np.ndarray, "L_q L_k"]:
+    r"""Keep-mask of a decoder: query i sees keys up to its own position.
+
+    Equation: `mask-causal` keep $j\le i$
+    Shapes: -> (L_q, L_k), true where attention is allowed; with more keys than queries, the last query is aligned
+        with the last key, as when the first L_k - L_q keys come from a cache.
+    Source: bridging §1.1; notes §8.4.
+    Differs: the diagonal is kept, though notes call the mask strict (erratum 30).
+    """
+    L_k = L_q if L_k is None else L_k
+    return np.tril(np.ones((L_q, L_k), dtype=bool), k=L_k - L_q)
+
+
+def check_attention(q, k, v) -> int:
+    """Refuse queries, keys and values that do not belong together; return query heads per key head."""
+    name = "scaled_dot_product_attention"
+    require(q.ndim == 4, name, "q", "of shape (B, H, L_q, d_head)", q)
+    require(k.ndim == 4 and k.shape[0] == q.shape[0], name, "k", f"of shape (B={q.shape[0]}, H_kv, L_k, d_head)", k)
+    require(k.shape[-1] == q.shape[-1], name, "the width of k", f"that of q, {q.shape[-1]}", k)
+    require(v.shape[:-1] == k.shape[:-1], name, "v", f"of shape {(*k.shape[:-1], 'd_v')}", v)
+    require(q.shape[1] % k.shape[1] == 0, name, "H_kv", f"a divisor of H = {q.shape[1]}", f"{k.shape[1]}")
+    return q.shape[1] // k.shape[1]
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """Give every query head its key/value head: head h reads group h // times."""
+    if times == 1:
+        return x
+    B, H_kv, L, d = x.shape
+    return x.unsqueeze(2).expand(B, H_kv, times, L, d).reshape(B, H_kv * times, L, d)
+
+
+def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
+    r"""Scaled inner products of queries and keys.
+
+    Equation: `scaled-dot-product` $\mathbf S=\frac{\mathbf Q\mathbf K^\top}{\sqrt{d_{\rm head}}}$, the mask comes with the weights
+    Shapes: q (B, H, L_q, d_head), k (B, H, L_k, d_head) -> (B, H, L_q, L_k)
+    Source: bridging §1.1; notes §4.1.
+    Differs: the root is of the head's width, not the model's (erratum 20).
+    """
+    return (q @ k.T) * (1.0 / float(np.sqrt(q.shape[-1])))
+
+
+def _example_weights(rng):
+    keep = rng.random((3, 4)) < 0.7
+    keep[0] = False
+    return (rng.normal(size=(2, 2, 3, 4)),), {"keep": keep}
+
+
+@written("attention_weights", example=_example_weights)
+def attention_weights(scores: Tensor, keep: np.ndarray | None = None) -> Tensor:
+    r"""Softmax over the keys that a query may see; a query that sees none gets weights 0.
+
+    Equation: `attention-weights` $\alpha_{t,s}=\mathrm{softmax}_s(S_{t,\cdot})$
+    Shapes: scores (..., L_q, L_k), keep broadcastable to it, true where allowed -> (..., L_q, L_k)
+    Raises: ValueError if the mask does not broadcast to the scores.
+    Source: bridging §1.1; notes §4.1.
+    """
+    if keep is None:
+        keep = np.ones(scores.shape[-2:], dtype=bool)
+    try:
+        keep = np.broadcast_to(keep, scores.shape)
+    except ValueError:
+        require(False, "attention_weights", "the mask", f"broadcastable to {scores.shape}", keep)
+    top = np.where(keep, scores.data, -np.inf).max(-1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isfinite(top), top, 0).astype(scores.dtype)
+    e = where(keep, where(keep, scores - top, 0.0).exp(), 0.0)
+    total = e.sum(-1, keepdims=True)
+    return e / where(total.data == 0, 1.0, total)
+
+
+def _example(rng):
+    H, H_kv = [(2, 2), (4, 2), (3, 1)][rng.integers(3)]
+    L_q, L_k = [(4, 4), (2, 5), (1, 3)][rng.integers(3)]
+    q = rng.normal(size=(2, H, L_q, 3))
+    return (q, rng.normal(size=(2, H_kv, L_k, 3)), rng.normal(size=(2, H_kv, L_k, 2))), {
+        "keep": [None, causal_mask(L_q, L_k)][rng.integers(2)]
+    }
+
+
+@written("scaled_dot_product_attention", example=_example)
+def scaled_dot_product_attention(
+    q: Float[Tensor, "B H L_q d"],
+    k: Float[Tensor, "B H_kv L_k d"],
+    v: Float[Tensor, "B H_kv L_k d_v"],
+    keep: np.ndarray | None = None,
+) -> Float[Tensor, "B H L_q d_v"]:
+    r"""Weigh the values by how well the keys answer the queries.
+
+    Equation: `attention-context` $\mathbf c_t^{(h)}=\sum_s\alpha^{(h)}_{t,s}\mathbf V^{(h)}_s$
+    Equation: `gqa` $\mathbf S_h=\mathbf Q_h\mathbf K_{g(h)}^\top/\sqrt{d_{\rm head}}+\mathbf M,\ g(h)=\lfloor hH_{kv}/H\rfloor$
+    Equation: `mqa` the same with $H_{kv}=1$
+    Shapes: q (B, H, L_q, d_head), k (B, H_kv, L_k, d_head), v (B, H_kv, L_k, d_v), keep broadcastable to
+        (B, H, L_q, L_k) -> (B, H, L_q, d_v)
+    Raises: ValueError if the shapes do not belong together or H_kv does not divide H.
+    Source: bridging §1.2; notes §4.1, §4.2, §4.4.
+    """
+    times = check_attention(q, k, v)
+    weights = attention_weights(scaled_scores(q, repeat_heads(k, times)), keep)
+    return weights @ repeat_heads(v, times)
+
+
+def check_rotary(qkv, angles, H: int, H_kv: int, pairing: str) -> int:
+    """Refuse a joint projection whose width is not that of its heads; return d_head."""
+    name = "rotary_attention"
+    require(H > 0 and H_kv > 0 and H % H_kv == 0, name, "H_kv", f"a positive divisor of H = {H}", f"{H_kv}")
+    heads = H + 2 * H_kv
+    require(
+        qkv.ndim == 3 and qkv.shape[-1] % heads == 0,
+        name,
+        "qkv",
+        f"of shape (B, L, (H + 2 H_kv) d_head) with H + 2 H_kv = {heads}",
+        qkv,
+    )
+    d_head = qkv.shape[-1] // heads
+    wanted = (qkv.shape[1], d_head // 2)
+    require(angles.shape == wanted, name, "the angles", f"of shape (L, d_head / 2) = {wanted}", angles)
+    return d_head
+
+
+def _example_rotary(rng):
+    H, H_kv = [(2, 2), (4, 2), (2, 1)][rng.integers(3)]
+    L = int(rng.integers(1, 6))
+    angles = rotation_angles(np.arange(L), 4, 100.0)
+    qkv = rng.normal(size=(2, L, (H + 2 * H_kv) * 4))
+    return (qkv,), {"angles": angles, "H": H, "H_kv": H_kv, "pairing": ["interleaved", "half"][rng.integers(2)]}
+
+
+@written("rotary_attention", example=_example_rotary)
+def rotary_attention(
+    qkv: Float[Tensor, "B L width"],
+    angles: Float[np.ndarray, "L half"],
+    *,
+    H: int,
+    H_kv: int,
+    pairing: str = "interleaved",
+) -> Float[Tensor, "B L H_d_head"]:
+    r"""Causal self-attention of a decoder block, from the joint projection to the merged heads.
+
+    Equation: `mha` $\mathrm{Concat}_h(\mathrm{softmax}(\mathbf S_h)\mathbf V_h)$, before the output projection
+    Shapes: qkv (B, L, (H + 2 H_kv) d_head) = [queries; keys; values], angles (L, d_head / 2) -> (B, L, H d_head)
+    Raises: ValueError if the width is not a multiple of H + 2 H_kv, or the angles do not fit.
+    Source: bridging §1.2; notes §4.1, §4.4, §6.
+    """
+    d_head = check_rotary(qkv, angles, H, H_kv, pairing)
+    B, L, _ = qkv.shape
+    heads = qkv.reshape(B, L, H + 2 * H_kv, d_head).transpose(1, 2)  # (B, H + 2 H_kv, L, d_head)
+    q = rope(heads[:, :H], angles, pairing)
+    k = rope(heads[:, H : H + H_kv], angles, pairing)
+    context = scaled_dot_product_attention(q, k, heads[:, H + H_kv :], causal_mask(L))
+    return context.transpose(1, 2).reshape(B, L, H * d_head)
