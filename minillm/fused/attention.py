@@ -17,11 +17,13 @@ $\bar Q=\bar SK$ and $\bar K=\bar S^\top Q$, both turned back by the rotation.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from minillm.autograd import scratch
+from minillm.autograd import Tensor, is_recording, scratch
 from minillm.autograd.operation import derived
+from minillm.autograd.tape import wrap
 from minillm.fused.positions import rotate
 from minillm.functional.attention import check_rotary
 
@@ -179,3 +181,32 @@ def _accumulate(target, weights, rows, keys, first: bool) -> None:
         target[...] = part
     else:
         target[keys] += part
+
+
+def cached_attention(
+    qkv: Tensor, angles: np.ndarray, cache: Any, layer: int, *, H: int, H_kv: int, pairing: str = "interleaved"
+) -> Tensor:
+    r"""The attention of `rotary_attention` for new positions, over cached and new keys; no gradient.
+
+    Equation: `kv-cache` append $k_t,v_t$; attend $q_t$ over $1..t$
+    Shapes: qkv (B, L_new, (H + 2 H_kv) d_head), angles (L_new, d_head / 2) of the new positions -> (B, L_new, H d_head)
+    Raises: ValueError if the width or the angles do not fit; RuntimeError if a gradient would be needed.
+    Source: notes §4.3.
+    """
+    if is_recording() and qkv.requires_grad:
+        raise RuntimeError("cached_attention: decoding with a cache has no gradient. Wrap it in `with no_grad():`.")
+    d_head = check_rotary(qkv, angles, H, H_kv, pairing)
+    B, L, _ = qkv.shape
+    qk = _Turn(angles, qkv.dtype, H, H_kv, d_head, pairing).forward(qkv.data)
+    out = scratch.empty((B, L, H, d_head), qkv.dtype)
+    new_values = qkv.data.reshape(B, L, H + 2 * H_kv, d_head)[:, :, H + H_kv :]
+    q, k, v, o = _by_head(qk, new_values, out, H, H_kv)
+    keys, values = cache.write(layer, k[:, :, 0], v[:, :, 0])
+    s = q @ keys[:, :, None].swapaxes(-1, -2)  # (B, H_kv, H/H_kv, L_new, L_all)
+    if L > 1:
+        s += _diagonal_mask(s.shape[-1], s.dtype).T[-L:]
+    s -= s.max(-1, keepdims=True)
+    np.exp(s, out=s)
+    s /= s.sum(-1, keepdims=True)
+    np.matmul(s, values[:, :, None], out=o)
+    return wrap(out.reshape(B, L, H * d_head))

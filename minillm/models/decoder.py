@@ -1,0 +1,150 @@
+r"""A LLaMA-style decoder, read from top to bottom.
+
+    tokens -> embedding -> N x [ + attention(norm) , + SwiGLU(norm) ] -> norm -> head -> logits
+
+Pre-norm residual blocks with RMSNorm, rotary positions, causal attention with optionally grouped keys and values,
+a gated feed-forward network, no biases, and an output matrix of its own or shared with the embedding.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from minillm.autograd import Tensor
+from minillm.checks import require, require_one_of, require_positive
+from minillm.functional.positions import PAIRINGS, rotation_angles
+from minillm.fused.linear import linear
+from minillm.fused.norms import add_rms_norm
+from minillm.nn import CausalSelfAttention, Embedding, KVCache, Linear, Module, RMSNorm, SwiGLU
+from minillm.nn.layers import INIT_STD
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes and choices of a decoder, in the catalogue's symbols."""
+
+    vocab_size: int
+    d_model: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    d_ff: int | None = None
+    context: int = 256
+    tied: bool = False
+    rope_base: float = 10_000.0
+    rope_pairing: str = "interleaved"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.d_ff is None:  # 8/3 of the width, rounded up to a multiple of 4
+            object.__setattr__(self, "d_ff", 4 * -(-(8 * self.d_model // 3) // 4))
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "context"):
+            require_positive(getattr(self, name), "DecoderConfig", name, integer=True)
+        require(
+            self.d_model % (2 * self.n_heads) == 0,
+            "DecoderConfig",
+            "d_model / n_heads",
+            "an even integer (rotary positions turn pairs)",
+            f"{self.d_model} / {self.n_heads}",
+        )
+        require(self.n_heads % self.n_kv_heads == 0, "DecoderConfig", "n_kv_heads", f"a divisor of n_heads = {self.n_heads}", self.n_kv_heads)  # type: ignore[operator]
+        require_one_of(self.rope_pairing, PAIRINGS, "DecoderConfig", "rope_pairing")
+        require_positive(self.norm_eps, "DecoderConfig", "norm_eps")
+        require(self.rope_base > 1, "DecoderConfig", "rope_base", "above 1", self.rope_base)
+
+    @property
+    def d_head(self) -> int:
+        """The width of one head."""
+        return self.d_model // self.n_heads
+
+    def to_dict(self) -> dict:
+        """The configuration as plain data."""
+        return asdict(self)
+
+
+class Block(Module):
+    r"""Attention and feed-forward network, each behind its norm.
+
+    Equation: `pre-ln` $\mathbf x\leftarrow\mathbf x+F(\mathrm{RMSNorm}(\mathbf x))$ for attention, then for the FFN
+    """
+
+    def __init__(self, config: DecoderConfig, rng: np.random.Generator):
+        std_out = INIT_STD / np.sqrt(2 * config.n_layers)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = CausalSelfAttention(
+            config.d_model, config.n_heads, config.n_kv_heads or config.n_heads, config.rope_pairing, rng, std_out
+        )
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = SwiGLU(config.d_model, config.d_ff or 0, rng, std_out)
+
+
+class Decoder(Module):
+    r"""The language model: a distribution over the next token at every position.
+
+    Equation: `lm-head` $\mathrm{logits}=\mathbf H\mathbf W_{\rm out}$
+    Equation: `weight-tying` tied: $\mathbf W_{\rm out}=\mathbf W_{\rm emb}^\top$
+    Equation: `final-ln` $\mathbf h=\mathrm{RMSNorm}(\mathbf x^{(N_{\rm layer})})$ before the head
+    Equation: `init-schemes` std 0.02; residual output maps times $1/\sqrt{2N_{\rm layer}}$
+    Shapes: ids (B, L) -> logits (B, L, V)
+    Raises: ValueError for ids that are not (B, L) or longer than the context, IndexError for ids outside [0, V).
+    Source: bridging §1; lecture06 (the LLaMA slides); Touvron et al. 2023.
+    Differs: logits at position t score token t + 1 (erratum 8).
+    """
+
+    def __init__(self, config: DecoderConfig, rng: np.random.Generator):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model, rng)
+        self.blocks = [Block(config, rng) for _ in range(config.n_layers)]
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng)
+        self._angles = rotation_angles(np.arange(config.context), config.d_head, config.rope_base)
+
+    def forward(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:
+        """Logits of the next token after every position; with a cache, ids are the positions that are new."""
+        return linear(self.hidden(ids, cache), self.output_weight)  # (B, L, V)
+
+    def hidden(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:
+        """The normalised stream that the head reads: (B, L) -> (B, L, d_model)."""
+        positions = self._positions(ids, cache)
+        angles = self._angles[positions]  # (L, d_head / 2)
+
+        # The norm of every branch is fused with the addition that precedes it, so the loop hands on the
+        # stream and its normalised copy: x is what the branches write to, y is what they read.
+        x = self.embedding(ids)  # (B, L, d_model)
+        y = self.blocks[0].attention_norm(x)
+        for i, block in enumerate(self.blocks):
+            x, y = add_rms_norm(x, block.attention(y, angles, cache, i), block.ffn_norm.gain, eps=self.config.norm_eps)
+            following = self.blocks[i + 1].attention_norm if i + 1 < len(self.blocks) else self.final_norm
+            x, y = add_rms_norm(x, block.ffn(y), following.gain, eps=self.config.norm_eps)
+        if cache is not None:
+            cache.advance(len(positions))
+        return y
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix of the head, (V, d_model): its own, or the embedding's."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        """An empty key/value cache for ``batch`` sequences of up to ``capacity`` tokens."""
+        c = self.config
+        capacity = c.context if capacity is None else capacity
+        require(0 < capacity <= c.context, "Decoder.new_cache", "the capacity", f"in 1..{c.context}, the context", capacity)
+        return KVCache(c.n_layers, batch, c.n_kv_heads or c.n_heads, capacity, c.d_head, self.embedding.weight.dtype)
+
+    def _positions(self, ids: np.ndarray, cache: KVCache | None) -> np.ndarray:
+        ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
+        require(ids.ndim == 2 and ids.shape[1] > 0, "Decoder", "the ids", "of shape (B, L) with L >= 1", ids)
+        if cache is not None:
+            require(cache.keys.shape[1] == len(ids), "Decoder", "the batch", f"the cache's, {cache.keys.shape[1]}", ids)
+            return cache.reserve(ids.shape[1])
+        require(
+            ids.shape[1] <= self.config.context,
+            "Decoder",
+            "the text",
+            f"at most {self.config.context} tokens long, the model's context",
+            ids,
+        )
+        return np.arange(ids.shape[1])
