@@ -1,0 +1,5 @@
+"""Optimisers, schedules and clipping."""
+
+from minillm.optim.adamw import AdamW
+
+__all__ = ["AdamW"]
