@@ -17,12 +17,12 @@ def row_chunks(n_rows: int, width: int) -> list[slice]:
 
 
 def _sigmoid(z: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """The logistic function as (1 + tanh(z/2)) / 2: no overflow and no division."""
-    np.multiply(z, z.dtype.type(0.5), out=out)
-    np.tanh(out, out=out)
+    """The logistic function, 1 / (1 + exp(-z)); an overflow of exp gives its right limit, 0."""
+    np.negative(z, out=out)
+    with np.errstate(over="ignore"):
+        np.exp(out, out=out)
     out += 1
-    out *= z.dtype.type(0.5)
-    return out
+    return np.reciprocal(out, out=out)
 
 
 @derived("swiglu")
@@ -33,16 +33,16 @@ def swiglu(h: np.ndarray):
     $\bar z=\bar y\,v\,(\sigma+z\sigma(1-\sigma))$.
 
     Equation: `swiglu` $y=v\odot z\,\sigma(z)$ on [v; z]
-    Shapes: h (..., 2 d_ff) -> (..., d_ff); keeps h only, the logistic function is computed again.
+    Shapes: h (..., 2 d_ff) -> (..., d_ff); keeps h and the logistic function of the gate.
     Raises: ValueError for an odd last axis.
     Source: lecture06 (SwiGLU); notes §8.7.
     """
     value, gate = split_gate("swiglu", h.reshape(-1, h.shape[-1]))
-    y = scratch.empty(value.shape, h.dtype)
+    y, sigma = scratch.empty(value.shape, h.dtype), scratch.empty(value.shape, h.dtype)
     chunks = row_chunks(*value.shape)
     for rows in chunks:
-        _sigmoid(gate[rows], out=y[rows])
-        y[rows] *= gate[rows]
+        _sigmoid(gate[rows], out=sigma[rows])
+        np.multiply(sigma[rows], gate[rows], out=y[rows])
         y[rows] *= value[rows]
 
     def vjp(dy):
@@ -51,15 +51,14 @@ def swiglu(h: np.ndarray):
         dvalue, dgate = dh[:, : value.shape[1]], dh[:, value.shape[1] :]
         for rows in chunks:
             z, v, dv, dz = gate[rows], value[rows], dvalue[rows], dgate[rows]
-            sigma = _sigmoid(z, out=scratch.empty(z.shape, h.dtype))
-            act = np.multiply(z, sigma, out=scratch.empty(z.shape, h.dtype))
+            act = np.multiply(z, sigma[rows], out=scratch.empty(z.shape, h.dtype))
             np.multiply(dy[rows], act, out=dv)
             # The slope of the activation, sigma + act (1 - sigma), as sigma (1 - act) + act:
             np.subtract(1, act, out=dz)
-            sigma *= dz
-            sigma += act
-            sigma *= v
-            np.multiply(dy[rows], sigma, out=dz)
+            dz *= sigma[rows]
+            dz += act
+            dz *= v
+            dz *= dy[rows]
         return dh.reshape(h.shape)
 
     return y.reshape(*h.shape[:-1], -1) if h.size else np.zeros((*h.shape[:-1], h.shape[-1] // 2), h.dtype), vjp
