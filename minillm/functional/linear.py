@@ -65,3 +65,16 @@ def embedding(ids: Int[np.ndarray, "*B"] | Tensor, w: Float[Tensor, "V d"]) -> F
     Source: lecture06 (Embeddings).
     """
     return w[check_ids("embedding", ids, w.shape[0])]
+
+
+@written(
+    "embedding_by_product", example=lambda rng: ((np.eye(5)[rng.integers(5, size=(2, 3))], rng.normal(size=(5, 4))), {})
+)
+def embedding_by_product(onehot: Float[Tensor, "*B V"], w: Float[Tensor, "V d"]) -> Float[Tensor, "*B d"]:
+    r"""The look-up seen as a matrix product: a one-hot row picks a row.
+
+    Equation: `embedding-as-onehot-matmul` $e_x^\top\mathbf W_{\rm emb}$
+    Shapes: onehot (..., V), w (V, d_model) -> (..., d_model)
+    Source: lecture06 (Embeddings); notes §1.2.
+    """
+    return onehot @ w

@@ -59,5 +59,6 @@ def cross_entropy(
         ``divisor``, which is that number over the whole optimiser batch when this is one micro-batch of it.
     """
     ids, kept = kept_targets(logits, targets, ignore_index)
-    terms = where(kept, -token_logprobs(logits, ids), 0.0)
+    safe = where(kept[..., None], logits, 0.0)  # what an ignored row holds, NaN included, has no effect
+    terms = where(kept, -token_logprobs(safe, ids), 0.0)
     return terms.sum() * (1.0 / divisor_for(reduction, kept, divisor))

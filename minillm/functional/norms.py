@@ -1,5 +1,8 @@
 r"""Normalisation layers as written: the equations composed of primitives."""
 
+from collections.abc import Callable
+
+import numpy as np
 from jaxtyping import Float
 
 from minillm.autograd import Tensor
@@ -77,3 +80,58 @@ def add_rms_norm(
     require(x.shape == r.shape, "add_rms_norm", "the branch r", f"of the stream's shape {x.shape}", r)
     s = x + r
     return s, rms_norm(s, g, eps)
+
+
+@written("rms_norm_of_centred", example=_example)
+def rms_norm_of_centred(x: Float[Tensor, "*B d"], g: Float[Tensor, " d"], eps: float = 1e-5) -> Float[Tensor, "*B d"]:
+    r"""LayerNorm without shift, as RMSNorm behind a centring map.
+
+    Equation: `rmsnorm-layernorm-relation` $\mathrm{LN}(\mathbf x)=\mathrm{RMSNorm}(\mathbf C\mathbf x),\ \mathbf C=\mathbf I-\frac1d\mathbf 1\mathbf 1^\top$
+    Shapes: x (..., d), g (d,) -> (..., d)
+    Raises: ValueError if g is not (d,).
+    Source: notes §5.2.
+    Differs: what is exact is that centring is linear and can be folded into weights, not that a bias absorbs the mean
+        (erratum 12).
+    """
+    d = x.shape[-1]
+    centring = np.eye(d, dtype=x.dtype) - np.full((d, d), 1.0 / d, x.dtype)
+    return rms_norm(x @ centring, g, eps)
+
+
+@written(
+    "split_mean_shift",
+    example=lambda rng: ((rng.normal(size=(3, 4)), rng.normal(size=(2, 4)), rng.normal(size=2)), {}),
+)
+def split_mean_shift(
+    y: Float[Tensor, "*B d"], w: Float[Tensor, "k d"], b: Float[Tensor, " k"]
+) -> tuple[Float[Tensor, "*B k"], Float[Tensor, "*B k"]]:
+    r"""Split an affine map into what the mean of its input contributes, bias included, and the rest.
+
+    Equation: `rmsnorm-mean-shift` $\mathbf Wy+b=\mathbf W(y-\mu_y\mathbf 1)+(b+\mu_y\mathbf W\mathbf 1)$
+    Shapes: y (..., d), w (k, d), b (k,) -> two of (..., k), which add up to the map
+    Source: notes §5.2.
+    Differs: the mean varies by token, so no constant bias takes its place (erratum 12).
+    """
+    mean = y.mean(-1, keepdims=True)  # (..., 1)
+    return b + mean * w.sum(-1), (y - mean) @ w.T
+
+
+def pre_norm_residual(x: Tensor, branch: Callable[[Tensor], Tensor], g: Tensor, eps: float = 1e-6) -> Tensor:
+    r"""A residual block that normalises what its branch reads.
+
+    Equation: `pre-ln` $\mathbf x\leftarrow\mathbf x+F(\mathrm{Norm}(\mathbf x))$
+    Shapes: x (..., d) -> (..., d)
+    Source: notes §4.7; topics #21.
+    Differs: the stream itself is not normalised and grows with depth (erratum 13).
+    """
+    return x + branch(rms_norm(x, g, eps))
+
+
+def post_norm_residual(x: Tensor, branch: Callable[[Tensor], Tensor], g: Tensor, eps: float = 1e-6) -> Tensor:
+    r"""A residual block that normalises the sum.
+
+    Equation: `post-ln` $\mathbf x\leftarrow\mathrm{Norm}(\mathbf x+F(\mathbf x))$
+    Shapes: x (..., d) -> (..., d)
+    Source: notes §4.7; topics #21.
+    """
+    return rms_norm(x + branch(x), g, eps)
