@@ -6,7 +6,7 @@ Rewards come as (..., G): one row for each prompt, G responses in it, at least o
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 
 from minillm.checks import require, require_one_of, require_positive
 from minillm.functional.frozen import Array, frozen, kept_positions
@@ -31,7 +31,7 @@ def _rewards(where: str, rewards: Any) -> np.ndarray:
     return array
 
 
-def group_baseline(rewards: Float[Array, "*P G"]) -> Groups:
+def group_baseline(rewards: Real[Array, "*P G"]) -> Groups:
     r"""The mean reward of every group: an estimate of the prompt's value.
 
     Equation: `group-baseline` $b=\frac1G\sum_ir_i$
@@ -43,7 +43,7 @@ def group_baseline(rewards: Float[Array, "*P G"]) -> Groups:
     return _rewards("group_baseline", rewards).mean(-1, keepdims=True)
 
 
-def group_stats(rewards: Float[Array, "*P G"], ddof: int = 0) -> GroupStats:
+def group_stats(rewards: Real[Array, "*P G"], ddof: int = 0) -> GroupStats:
     r"""Mean and standard deviation of every group.
 
     Equation: `group-stats` $\mu=\frac1G\sum_jR_j,\ s^2=\frac1G\sum_j(R_j-\mu)^2$
@@ -56,7 +56,7 @@ def group_stats(rewards: Float[Array, "*P G"], ddof: int = 0) -> GroupStats:
     return GroupStats(r.mean(-1, keepdims=True), r.std(-1, keepdims=True, ddof=ddof))
 
 
-def grpo_advantage_mean(rewards: Float[Array, "*P G"]) -> Groups:
+def grpo_advantage_mean(rewards: Real[Array, "*P G"]) -> Groups:
     r"""Reward minus group mean; its policy gradient is (G - 1)/G of the true one.
 
     Equation: `grpo-advantage-mean` $A_i=r_i-b$
@@ -68,15 +68,16 @@ def grpo_advantage_mean(rewards: Float[Array, "*P G"]) -> Groups:
     return _rewards("grpo_advantage_mean", rewards) - group_baseline(rewards)
 
 
-def grpo_advantage_std(rewards: Float[Array, "*P G"], ddof: int = 0, eps: float = 1e-6) -> Groups:
+def grpo_advantage_std(rewards: Real[Array, "*P G"], ddof: int = 0, eps: float = 1e-6) -> Groups:
     r"""Reward standardised within its group; equal rewards give 0.
 
-    Equation: `grpo-advantage-std` $A_i=\frac{r_i-\mathrm{mean}(\mathbf r)}{\mathrm{std}(\mathbf r)+\varepsilon_0}$
+    Equation: `grpo-advantage-std` $A_i=\frac{r_i-\mathrm{mean}(\mathbf r)}{\mathrm{std}(\mathbf
+        r)+\varepsilon_0}$
     Shapes: rewards (..., G) -> (..., G)
     Raises: ValueError for a reward that is not finite, if G does not exceed ddof, or for a negative eps.
     Source: deepseek (GRPO); lecture06; Shao et al. 2024.
-    Differs: one source has no stabiliser, another calls it as it calls the clip range (erratum 78). Population
-        standard deviation by default; libraries often take ``ddof=1`` and an eps of 1e-4.
+    Differs: one source has no stabiliser, another calls it as it calls the clip range (erratum 78).
+        Population standard deviation by default; libraries often take ``ddof=1`` and an eps of 1e-4.
     """
     require_positive(eps, "grpo_advantage_std", "eps", zero_ok=True)
     stats = group_stats(rewards, ddof)
@@ -84,7 +85,7 @@ def grpo_advantage_std(rewards: Float[Array, "*P G"], ddof: int = 0, eps: float 
     return np.divide(centred, stats.std + eps, out=np.zeros_like(centred), where=stats.std + eps > 0)
 
 
-def rloo_advantage(rewards: Float[Array, "*P G"]) -> Groups:
+def rloo_advantage(rewards: Real[Array, "*P G"]) -> Groups:
     r"""Reward minus the mean of the *other* responses: exactly unbiased.
 
     Equation: `rloo` $A_i=r_i-\frac1{G-1}\sum_{j\ne i}r_j=\frac G{G-1}(r_i-b)$
@@ -103,9 +104,10 @@ ADVANTAGES = ("std", "mean", "rloo", "batch-std")
 
 
 def group_advantage(
-    rewards: Float[Array, "*P G"], kind: str = "std", ddof: int = 0, eps: float = 1e-6
+    rewards: Real[Array, "*P G"], kind: str = "std", ddof: int = 0, eps: float = 1e-6
 ) -> Groups:
-    r"""One of the group advantages by name; ``batch-std`` divides by the standard deviation of all rewards together.
+    r"""One of the group advantages by name; ``batch-std`` divides by the standard deviation of all rewards
+    together.
 
     Equation: `grpo-advantage-std` `kind="std"` (the default)
     Equation: `grpo-advantage-mean` `kind="mean"`
@@ -123,7 +125,7 @@ def group_advantage(
     return centred if kind == "mean" else centred / (frozen(rewards).std(ddof=ddof) + eps)
 
 
-def dead_groups(rewards: Float[Array, "*P G"], tolerance: float = SAME_REWARD) -> Bool[np.ndarray, "*P"]:
+def dead_groups(rewards: Real[Array, "*P G"], tolerance: float = SAME_REWARD) -> Bool[np.ndarray, "*P"]:
     r"""Groups whose rewards are all equal: nothing to learn from, the policy term has no gradient.
 
     Equation: `grpo-zero-variance` $A_i=0$ for all $i$; the share of such groups is what to report
@@ -149,10 +151,11 @@ def expected_dead_share(p: float, group_size: int) -> float:
     return float(p**group_size + (1 - p) ** group_size)
 
 
-def live_groups(rewards: Float[Array, "P G"], tolerance: float = SAME_REWARD) -> Int[np.ndarray, " n"]:
+def live_groups(rewards: Real[Array, "P G"], tolerance: float = SAME_REWARD) -> Int[np.ndarray, " n"]:
     r"""The prompts to keep when dead groups are dropped and replaced by further samples.
 
-    Equation: `grpo-dynamic-sampling` keep a prompt iff $\mathrm{std}(\mathbf r)>0$; kept share $1-p^G-(1-p)^G$ for 0/1 rewards
+    Equation: `grpo-dynamic-sampling` keep a prompt iff $\mathrm{std}(\mathbf r)>0$; kept share
+        $1-p^G-(1-p)^G$ for 0/1 rewards
     Shapes: rewards (P, G) -> indices of the kept prompts, in order
     Raises: ValueError for a reward that is not finite.
     Source: Yu et al. 2025 (DAPO).
@@ -166,7 +169,8 @@ def advantage_whitening(
     r"""Advantages with mean 0 and standard deviation 1 over the real tokens of the batch.
 
     Equation: `advantage-whitening` $(\hat A-\mu)/(s+\varepsilon_0)$
-    Shapes: advantages (...), mask of that shape -> (...); 0 where the mask drops them, ``shift_mean=False`` only scales
+    Shapes: advantages (...), mask of that shape -> (...); 0 where the mask drops them, ``shift_mean=False``
+        only scales
     Raises: ValueError for a mask of another shape.
     Source: topics #10.
     Differs: libraries disagree on ddof and eps, which are therefore arguments.

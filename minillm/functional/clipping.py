@@ -75,7 +75,8 @@ def sequence_ratio(
 ) -> Float[Tensor, " B"]:
     r"""The ratio of whole responses: the product of their token ratios.
 
-    Equation: `grpo-ratio-sequence` $\rho_i=\frac{\pi_\theta(a^i\mid x)}{\pi_{\rm old}(a^i\mid x)}=\prod_t\rho_{i,t}$
+    Equation: `grpo-ratio-sequence` $\rho_i=\frac{\pi_\theta(a^i\mid x)}{\pi_{\rm old}(a^i\mid
+        x)}=\prod_t\rho_{i,t}$
     Shapes: two (B, T), mask (B, T) -> (B,); 1 for a response without kept tokens
     Raises: ValueError if the shapes differ.
     Source: bridging §2.1; lecture06.
@@ -90,7 +91,8 @@ def sequence_mean_ratio(
 ) -> Float[Tensor, " B"]:
     r"""The geometric mean of a response's token ratios.
 
-    Equation: `gspo` $s_i=\exp\big(\frac1{\lvert y_i\rvert}\sum_t\log\rho_{i,t}\big)=\rho_i^{1/\lvert y_i\rvert}$
+    Equation: `gspo` $s_i=\exp\big(\frac1{\lvert y_i\rvert}\sum_t\log\rho_{i,t}\big)=\rho_i^{1/\lvert
+        y_i\rvert}$
     Shapes: two (B, T), mask (B, T) -> (B,); 1 for a response without kept tokens
     Raises: ValueError if the shapes differ.
     Source: Zheng et al. 2025 (GSPO).
@@ -111,7 +113,8 @@ def masked_log_ratio(logprobs: Array, old_logprobs: Array, mask: Any, where_: st
 def ratios_at_level(
     logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Any, level: str = "token"
 ) -> Float[Tensor, "B _"]:
-    r"""Ratios of tokens, of whole responses, or of responses normalised by length, in a shape that broadcasts over tokens.
+    r"""Ratios of tokens, of whole responses, or of responses normalised by length, in a shape that broadcasts
+    over tokens.
 
     Equation: `grpo-ratio-token` `level="token"`
     Equation: `grpo-ratio-sequence` `level="sequence"`
@@ -142,19 +145,21 @@ def clip_range(where_: str, low: float, high: float | None) -> tuple[float, floa
 
 @written("clip_term", example=_example_term)
 def clip_term(
-    ratio: Float[Array, "*B"],
-    advantages: Float[Array, "*B"],
+    ratio: Float[Array, "*#B"],
+    advantages: Float[Array, "*#B"],
     clip_low: float = 0.2,
     clip_high: float | None = None,
-) -> Float[Tensor, "*B"]:
+) -> Float[Tensor, "..."]:
     r"""The clipped surrogate of one token: the more pessimistic of the plain and the clipped product.
 
     Equation: `ppo-clip` $\min(\rho_t\hat A_t,\ \mathrm{clip}(\rho_t,1-\varepsilon,1+\varepsilon)\hat A_t)$
-    Equation: `grpo-clip-higher` $\mathrm{clip}(\rho,1-\varepsilon_{\rm low},1+\varepsilon_{\rm high})$ when ``clip_high`` is given
+    Equation: `grpo-clip-higher` $\mathrm{clip}(\rho,1-\varepsilon_{\rm low},1+\varepsilon_{\rm high})$ when
+        ``clip_high`` is given
     Shapes: ratio and advantages, broadcast against each other -> that shape; to be maximised
     Raises: ValueError for negative widths or a lower width above 1.
     Source: lecture06; notes §10.6; bridging §2.2; Schulman et al. 2017; Yu et al. 2025 (clip-higher).
-    Differs: an objective, not a loss (erratum 71); it removes the incentive to move on, and does not bound the ratio (erratum 73).
+    Differs: an objective, not a loss (erratum 71); it removes the incentive to move on, and does not bound
+        the ratio (erratum 73).
     """
     low, high = clip_range("clip_term", clip_low, clip_high)
     rho, a = as_tensor(ratio), frozen(advantages)
@@ -163,11 +168,12 @@ def clip_term(
 
 @written("clip_term_g", example=_example_term)
 def clip_term_g(
-    ratio: Float[Array, "*B"], advantages: Float[Array, "*B"], clip: float = 0.2
-) -> Float[Tensor, "*B"]:
+    ratio: Float[Array, "*#B"], advantages: Float[Array, "*#B"], clip: float = 0.2
+) -> Float[Tensor, "..."]:
     r"""The same term by the bound g that the product may not exceed.
 
-    Equation: `ppo-clip-g` $\min(\rho A,g(\varepsilon,A))$, $g=(1+\varepsilon)A$ if $A\ge0$, else $(1-\varepsilon)A$
+    Equation: `ppo-clip-g` $\min(\rho A,g(\varepsilon,A))$, $g=(1+\varepsilon)A$ if $A\ge0$, else
+        $(1-\varepsilon)A$
     Shapes: ratio and advantages (...) -> (...); to be maximised
     Source: deepseek (PPO).
     """
@@ -177,8 +183,8 @@ def clip_term_g(
 
 @written("clip_term_cases", example=_example_term)
 def clip_term_cases(
-    ratio: Float[Array, "*B"], advantages: Float[Array, "*B"], clip: float = 0.2
-) -> Float[Tensor, "*B"]:
+    ratio: Float[Array, "*#B"], advantages: Float[Array, "*#B"], clip: float = 0.2
+) -> Float[Tensor, "..."]:
     r"""The same term by the sign of the advantage.
 
     Equation: `ppo-clip-cases` $A>0$: $\min(\rho,1+\varepsilon)A$; $A<0$: $\max(\rho,1-\varepsilon)A$
@@ -191,14 +197,16 @@ def clip_term_cases(
 
 
 def zero_gradient_region(
-    ratio: Float[Array, "*B"],
-    advantages: Float[Array, "*B"],
+    ratio: Float[Array, "*#B"],
+    advantages: Float[Array, "*#B"],
     clip_low: float = 0.2,
     clip_high: float | None = None,
-) -> Bool[np.ndarray, "*B"]:
-    r"""Where the clipped surrogate pulls on nothing: no advantage, or already far enough in the direction it wants.
+) -> Bool[np.ndarray, "..."]:
+    r"""Where the clipped surrogate pulls on nothing: no advantage, or already far enough in the direction it
+    wants.
 
-    Equation: `ppo-gradient-region` $A=0$, or $A>0$ and $\rho>1+\varepsilon$, or $A<0$ and $\rho<1-\varepsilon$
+    Equation: `ppo-gradient-region` $A=0$, or $A>0$ and $\rho>1+\varepsilon$, or $A<0$ and
+        $\rho<1-\varepsilon$
     Shapes: ratio and advantages, broadcast against each other -> booleans
     Raises: ValueError for negative widths or a lower width above 1.
     Source: deepseek; notes §10.6.
@@ -210,15 +218,16 @@ def zero_gradient_region(
 
 @written("dual_clip_term", example=_example_dual)
 def dual_clip_term(
-    ratio: Float[Array, "*B"],
-    advantages: Float[Array, "*B"],
+    ratio: Float[Array, "*#B"],
+    advantages: Float[Array, "*#B"],
     clip_low: float = 0.2,
     clip_high: float | None = None,
     dual_clip: float = 3.0,
-) -> Float[Tensor, "*B"]:
+) -> Float[Tensor, "..."]:
     r"""The clipped surrogate with a floor for bad actions that have become much more likely.
 
-    Equation: `ppo-dual-clip` $A<0$: $\max\big(\min(\rho A,\mathrm{clip}(\rho,1-\varepsilon,1+\varepsilon)A),\ cA\big)$; $A\ge0$: `ppo-clip`
+    Equation: `ppo-dual-clip` $A<0$: $\max\big(\min(\rho A,\mathrm{clip}(\rho,1-\varepsilon,1+\varepsilon)A),\
+        cA\big)$; $A\ge0$: `ppo-clip`
     Shapes: ratio and advantages, broadcast against each other -> that shape; to be maximised
     Raises: ValueError if the bound c is not above the upper clip bound.
     Source: Ye et al. 2020.

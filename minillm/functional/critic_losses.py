@@ -56,7 +56,8 @@ def critic_loss_rm(values: Float[Array, "B T"], scores: Float[Array, " B"], mask
     r"""The lecture's variant: every token's value is to predict the score of the finished response.
 
     Equation: `critic-loss-rm` $\mathbb E_t[(V_\psi(s_t)-\mathrm{sg}(R_\phi))^2]$
-    Shapes: values, mask (B, T), scores (B,) -> scalar; the Monte Carlo target at discount 1 without a KL reward
+    Shapes: values, mask (B, T), scores (B,) -> scalar; the Monte Carlo target at discount 1 without a KL
+        reward
     Raises: ValueError if the shapes do not match.
     Source: lecture06 (critic).
     Differs: the score is that of the complete response, for all its prefixes (erratum 58).
@@ -80,7 +81,8 @@ def clipped_critic_loss(
 ) -> Float[Tensor, ""]:
     r"""The critic's error, not rewarded for moving further than the clip from the value at roll-out.
 
-    Equation: `value-clip` $\max((V-\hat G)^2,(V_{\rm clip}-\hat G)^2)$, $V_{\rm clip}=V_{\psi_k}+\mathrm{clip}(V-V_{\psi_k},-\varepsilon_v,\varepsilon_v)$
+    Equation: `value-clip` $\max((V-\hat G)^2,(V_{\rm clip}-\hat G)^2)$, $V_{\rm
+        clip}=V_{\psi_k}+\mathrm{clip}(V-V_{\psi_k},-\varepsilon_v,\varepsilon_v)$
     Shapes: values, targets, old_values, mask (B, T) -> scalar
     Raises: ValueError if the shapes do not match or the clip is not positive.
     Source: topics #10.

@@ -36,7 +36,7 @@ def kept_positions(mask: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
 
 
 def frozen_where(keep: np.ndarray, value: Any, where: str, what: str) -> np.ndarray:
-    """Freeze data of the mask's shape, or one number for each row of it, and put 0 where the mask drops it."""
+    """Freeze data of the mask's shape, or one number for each of its rows, and put 0 where it is dropped."""
     array = frozen(value)
     if array.shape == keep.shape[:-1] and keep.ndim:
         array = array[..., None]  # (B, 1): one number for all tokens of a response

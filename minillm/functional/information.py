@@ -1,7 +1,8 @@
 r"""Entropy and divergences of distributions, summed exactly over the last axis.
 
 Two kinds of arguments occur: probabilities (``p``, ``q``), as the definitions have them, and logits or
-log-probabilities, which is what a model gives and what stays accurate. The convention $0\log0=0$ holds throughout.
+log-probabilities, which is what a model gives and what stays accurate. The convention $0\log0=0$ holds
+throughout.
 """
 
 import numpy as np
@@ -66,7 +67,8 @@ def entropy(p: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
 
 @written("entropy_from_logits", example=_example_logits)
 def entropy_from_logits(z: Float[Tensor, "*B n"]) -> Float[Tensor, "*B"]:
-    r"""The entropy of softmax(z), without going through small probabilities; logits of minus infinity are allowed.
+    r"""The entropy of softmax(z), without going through small probabilities; logits of minus infinity are
+    allowed.
 
     Equation: `entropy` $\mathcal H=-\sum_ap(a)\log p(a),\ \log p=\mathrm{logsoftmax}(z)$
     Shapes: z (..., n) -> (...)
@@ -86,7 +88,8 @@ def _example_temperature(rng):
 def tempered_softmax(z: Float[Tensor, "*B n"], temperature: float) -> Float[Tensor, "*B n"]:
     r"""Softmax of z / T for any temperature, its two limits included.
 
-    Equation: `softmax-temperature-limit` $T\to0$: the largest logits share the mass; $T\to\infty$: uniform; $\mathcal H$ never falls with $T$
+    Equation: `softmax-temperature-limit` $T\to0$: the largest logits share the mass; $T\to\infty$: uniform;
+        $\mathcal H$ never falls with $T$
     Shapes: z (..., n) -> (..., n); the limits are constants, without gradient
     Raises: ValueError if the temperature is negative.
     Source: notes §10.5; topics #9.
@@ -149,7 +152,8 @@ def kl_directional(
 ) -> Float[Tensor, "*B"]:
     r"""The divergence between a trained policy and a reference, in the direction asked for.
 
-    Equation: `kl-forward-reverse` `reverse` $D_{\rm KL}(\pi_\theta\Vert\pi_{\rm ref})$ seeks modes, `forward` $D_{\rm KL}(\pi_{\rm ref}\Vert\pi_\theta)$ covers mass
+    Equation: `kl-forward-reverse` `reverse` $D_{\rm KL}(\pi_\theta\Vert\pi_{\rm ref})$ seeks modes, `forward`
+        $D_{\rm KL}(\pi_{\rm ref}\Vert\pi_\theta)$ covers mass
     Shapes: policy (..., n), reference (..., n) -> (...)
     Raises: ValueError for another direction or if an argument is not a distribution.
     Source: lecture06 (PPO and GRPO slides); notes §10.6.
@@ -165,7 +169,8 @@ def kl_token_exact(
 ) -> Float[Tensor, "*B"]:
     r"""The divergence of two next-token laws at every position, over the whole vocabulary, from logits.
 
-    Equation: `kl-token-exact` $\sum_a\pi_\theta(a\mid s_t)\log\frac{\pi_\theta(a\mid s_t)}{\pi_{\rm ref}(a\mid s_t)}$
+    Equation: `kl-token-exact` $\sum_a\pi_\theta(a\mid s_t)\log\frac{\pi_\theta(a\mid s_t)}{\pi_{\rm
+        ref}(a\mid s_t)}$
     Shapes: logits (B, L, V), ref_logits (B, L, V) -> (B, L). Log-probs are logits too.
     Raises: ValueError for another direction, or if the shapes differ.
     Source: notes §10.5.

@@ -1,12 +1,13 @@
 r"""Estimates of a divergence from the log-probs of sampled tokens: value and gradient are two questions.
 
-With $d=\log\pi_{\rm ref}-\log\pi_\theta$ at a token sampled from $\pi_\theta$:
+With $d=\log\pi_{\rm ref}-\log\pi_\theta$ at a token sampled from $\pi_\theta$, reverse
+$=D_{\rm KL}(\pi_\theta\Vert\pi_{\rm ref})$ and forward $=D_{\rm KL}(\pi_{\rm ref}\Vert\pi_\theta)$:
 
 | estimator | term | mean | mean of its pathwise gradient |
 |---|---|---|---|
-| k1 | $-d$ | $D_{\rm KL}(\pi_\theta\Vert\pi_{\rm ref})$, may be negative | 0: useless as a loss, right in a reward |
-| k2 | $d^2/2$ | biased | $\nabla D_{\rm KL}(\pi_\theta\Vert\pi_{\rm ref})$ |
-| k3 | $e^d-1-d$ | $D_{\rm KL}(\pi_\theta\Vert\pi_{\rm ref})$, never negative | $\nabla D_{\rm KL}(\pi_{\rm ref}\Vert\pi_\theta)$, the other direction |
+| k1 | $-d$ | reverse; a sample may be negative | 0: useless as a loss, right in a reward |
+| k2 | $d^2/2$ | biased | gradient of reverse |
+| k3 | $e^d-1-d$ | reverse; a sample is never negative | gradient of forward, the other direction |
 
 On samples of an older policy each needs the importance ratio, see `kl_estimator_is`.
 """
@@ -49,7 +50,8 @@ def kl_estimator_k1(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B
 
 @written("kl_estimator_k2", example=_example)
 def kl_estimator_k2(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Float[Tensor, "*B"]:
-    r"""Half the squared log-ratio: biased as a value, and with exactly the reverse divergence's mean gradient.
+    r"""Half the squared log-ratio: biased as a value, and with exactly the reverse divergence's mean
+    gradient.
 
     Equation: `kl-estimator-k2` $k_2=\tfrac12\big(\log\frac{\pi_\theta}{\pi_{\rm ref}}\big)^2$
     Shapes: log-probs of the sampled tokens (...), twice -> (...)
@@ -78,7 +80,8 @@ def kl_estimator_k3_inverted(
 ) -> Float[Tensor, "*B"]:
     r"""The inverted k3 of the slide, kept to show what it estimates: never used in a loss.
 
-    Equation: `kl-estimator-k3-inverted` $v-1-\log v,\ v=\frac{\pi_\theta}{\pi_{\rm ref}}$; mean $\chi^2-D_{\rm KL}$ under $\pi_\theta$
+    Equation: `kl-estimator-k3-inverted` $v-1-\log v,\ v=\frac{\pi_\theta}{\pi_{\rm ref}}$; mean
+        $\chi^2-D_{\rm KL}$ under $\pi_\theta$
     Shapes: log-probs of the sampled tokens (...), twice -> (...)
     Source: deepseek (GRPO, KL estimate).
     Differs: erratum 6.
@@ -119,7 +122,8 @@ def kl_estimator_is(
     With the ratio differentiated k1 and k3 both have the mean gradient of the reverse divergence; with
     ``stop_ratio`` k2 has it, and k3 that of the forward one.
 
-    Equation: `kl-estimator-is` $\mathbb E_{y\sim\pi_{\rm old}}[\rho\,k_j],\ \rho=\frac{\pi_\theta}{\pi_{\rm old}}$
+    Equation: `kl-estimator-is` $\mathbb E_{y\sim\pi_{\rm old}}[\rho\,k_j],\ \rho=\frac{\pi_\theta}{\pi_{\rm
+        old}}$
     Shapes: three log-probs of the sampled tokens (...) -> (...); old and reference log-probs are frozen
     Raises: ValueError for an unknown estimator.
     Source: completes the estimators; DeepSeek-AI 2025 (V3.2).

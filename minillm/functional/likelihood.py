@@ -40,7 +40,8 @@ def sequence_logprob(token_logprobs: Float[Array, "B L"], mask: Any) -> Float[Te
 def log_likelihood(token_logprobs: Float[Array, "B L"], mask: Any) -> Float[Tensor, ""]:
     r"""Log-likelihood of a data set as a function of the parameters; to be maximised.
 
-    Equation: `likelihood` $\mathcal L(\theta;\mathcal D)=\prod_{\mathbf x}p_\theta(\mathbf x),\ \ell=\sum_{\mathbf x}\log p_\theta(\mathbf x)$
+    Equation: `likelihood` $\mathcal L(\theta;\mathcal D)=\prod_{\mathbf x}p_\theta(\mathbf x),\
+        \ell=\sum_{\mathbf x}\log p_\theta(\mathbf x)$
     Shapes: token_logprobs (B, L), mask (B, L) -> scalar
     Raises: ValueError for a mask of another shape.
     Source: topics #3 and #9.
@@ -92,7 +93,8 @@ def bits_per_token(mean_nll: Float[Array, "*B"]) -> Float[Tensor, "*B"]:
 def empirical_distribution(ids: Int[Array, " n"], vocabulary: int) -> Float[np.ndarray, " V"]:
     r"""Relative frequencies; maximising likelihood is minimising the divergence from them.
 
-    Equation: `mle-equals-min-kl` $\arg\max_\theta\mathbb E_{\hat p}\log p_\theta=\arg\min_\theta D_{\rm KL}(\hat p\Vert p_\theta)$
+    Equation: `mle-equals-min-kl` $\arg\max_\theta\mathbb E_{\hat p}\log p_\theta=\arg\min_\theta D_{\rm
+        KL}(\hat p\Vert p_\theta)$
     Shapes: ids (n,) in [0, V) -> (V,)
     Raises: ValueError for no ids, IndexError for an id outside the vocabulary.
     Source: topics #3 and #7; bridging §5.
@@ -151,7 +153,8 @@ class DirichletPosterior(NamedTuple):
 def dirichlet_posterior(counts: Int[np.ndarray, " V"], alpha: float) -> DirichletPosterior:
     r"""What counts say about a categorical law, from a symmetric Dirichlet prior: mean, and mode (MAP).
 
-    Equation: `map-bayes` $p(\theta\mid\mathcal D)\propto p(\mathcal D\mid\theta)\,p(\theta)$, mean $\frac{n_v+\alpha}{n+V\alpha}$, mode $\frac{n_v+\alpha-1}{n+V(\alpha-1)}$
+    Equation: `map-bayes` $p(\theta\mid\mathcal D)\propto p(\mathcal D\mid\theta)\,p(\theta)$, mean
+        $\frac{n_v+\alpha}{n+V\alpha}$, mode $\frac{n_v+\alpha-1}{n+V(\alpha-1)}$
     Shapes: counts (V,) -> two of (V,)
     Raises: ValueError if alpha is not positive; the mode is NaN where alpha is under 1 and a count is 0.
     Source: topics #9.
@@ -173,7 +176,8 @@ def prior_penalty(
 ) -> Float[Tensor, ""]:
     r"""Minus the log of a prior, up to a constant: what MAP adds to the negative log-likelihood.
 
-    Equation: `map-bayes` Gaussian prior $\Rightarrow\frac1{2s^2}\lVert\theta\rVert_2^2$; Laplace prior $\Rightarrow\frac{\sqrt2}{s}\lVert\theta\rVert_1$
+    Equation: `map-bayes` Gaussian prior $\Rightarrow\frac1{2s^2}\lVert\theta\rVert_2^2$; Laplace prior
+        $\Rightarrow\frac{\sqrt2}{s}\lVert\theta\rVert_1$
     Shapes: theta any -> scalar; std is the prior's standard deviation
     Raises: ValueError for another prior or a standard deviation that is not positive.
     Source: topics #9.

@@ -81,9 +81,11 @@ def importance_sampling(
 def self_normalised_importance_sampling(
     f: Float[np.ndarray, " n"], log_w: Float[np.ndarray, " n"]
 ) -> Estimate:
-    r"""The same with weights known up to a constant: consistent, with a bias that falls as one over their number.
+    r"""The same with weights known up to a constant: consistent, with a bias that falls as one over their
+    number.
 
-    Equation: `self-normalised-is` $\sum_i\frac{w_i}{\sum_jw_j}f(y_i),\ w_i\propto\frac{p(y_i)}{q(y_i)},\ y_i\sim q$
+    Equation: `self-normalised-is` $\sum_i\frac{w_i}{\sum_jw_j}f(y_i),\ w_i\propto\frac{p(y_i)}{q(y_i)},\
+        y_i\sim q$
     Shapes: f and log-weights at the samples (n,) -> estimate; the error is the delta method's
     Raises: ValueError if all weights are zero.
     Source: notes §10.9.
@@ -159,7 +161,8 @@ def sample_metropolis_hastings(
 ) -> Int[np.ndarray, " size"]:
     r"""A Markov chain whose long-run law is p, known up to a constant.
 
-    Equation: `sampling-algorithms` Metropolis-Hastings: accept $y\sim q(\cdot\mid x)$ with probability $\min\big(1,\frac{p(y)\,q(x\mid y)}{p(x)\,q(y\mid x)}\big)$
+    Equation: `sampling-algorithms` Metropolis-Hastings: accept $y\sim q(\cdot\mid x)$ with probability
+        $\min\big(1,\frac{p(y)\,q(x\mid y)}{p(x)\,q(y\mid x)}\big)$
     Shapes: propose (n, n), rows q(. | x) -> (size,) states, dependent from one to the next
     Raises: ValueError if the start is impossible under p.
     Source: topics #9.

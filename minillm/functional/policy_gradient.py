@@ -42,7 +42,9 @@ def _example_rewards(rng):
 def softmax_scores(logits: Float[Tensor, "*B n"]) -> Float[Tensor, "*B n n"]:
     r"""The score of every action of a softmax policy: the gradient of its log-probability by the logits.
 
-    Equation: `score-function-zero-mean` $\mathbb E_{a\sim\pi_\theta}[\nabla_\theta\log\pi_\theta(a\mid s)]=0$, with $\nabla_z\log\pi(a)=e_a-\pi$
+    Equation: `score-function-zero-mean`
+        $\mathbb E_{a\sim\pi_\theta}[\nabla_\theta\log\pi_\theta(a\mid s)]=0$, with
+        $\nabla_z\log\pi(a)=e_a-\pi$
     Shapes: logits (..., n) -> (..., n, n), row a is the score of action a
     Source: notes §10.6.
     """
@@ -55,7 +57,8 @@ def pg_surrogate_loss(
 ) -> Float[Tensor, ""]:
     r"""Minus the log-probs weighted by frozen advantages; its gradient is minus the policy gradient.
 
-    Equation: `pg-surrogate-loss` $-\mathbb E_{\mathrm{sg}[\pi_\theta]}\big[\sum_t\mathrm{sg}[A_t]\log\pi_\theta(a_t\mid s_t)\big]$
+    Equation: `pg-surrogate-loss` $-\mathbb
+        E_{\mathrm{sg}[\pi_\theta]}\big[\sum_t\mathrm{sg}[A_t]\log\pi_\theta(a_t\mid s_t)\big]$
     Shapes: logprobs (B, T) of sampled actions, advantages (B, T) or (B,), mask (B, T) -> scalar
     Raises: ValueError if the shapes do not match or for an unknown reduction.
     Source: deepseek (hacky loss); notes §10.6.
@@ -73,7 +76,8 @@ def reinforce_loss(
 ) -> Float[Tensor, ""]:
     r"""REINFORCE: every action of an episode is credited with the episode's whole return.
 
-    Equation: `reinforce` $\nabla J=\mathbb E_\tau\big[\sum_t\nabla\log\pi_\theta(a_t\mid s_t)\,\mathcal R(\tau)\big]$
+    Equation: `reinforce` $\nabla J=\mathbb E_\tau\big[\sum_t\nabla\log\pi_\theta(a_t\mid s_t)\,\mathcal
+        R(\tau)\big]$
     Shapes: logprobs (B, T), scores (B,), mask (B, T) -> scalar, minus the objective's surrogate
     Raises: ValueError if the shapes do not match.
     Source: notes §10.6 (A).
@@ -101,13 +105,15 @@ def reinforce_to_go_loss(
 ) -> Float[Tensor, ""]:
     r"""REINFORCE with what an action could still influence: the return from its step on.
 
-    Equation: `reinforce-to-go` $\nabla J=\mathbb E_\tau\big[\sum_t\gamma^t\nabla\log\pi_\theta(a_t\mid s_t)\,G_t\big]$
+    Equation: `reinforce-to-go` $\nabla J=\mathbb E_\tau\big[\sum_t\gamma^t\nabla\log\pi_\theta(a_t\mid
+        s_t)\,G_t\big]$
     Equation: `pg-q-form` the same with $Q^\pi(s_t,a_t)=\mathbb E[G_t\mid s_t,a_t]$ in place of $G_t$
-    Shapes: logprobs, rewards, mask (B, T), baselines (B, T) per state -> scalar, minus the objective's surrogate
+    Shapes: logprobs, rewards, mask (B, T), baselines (B, T) per state -> scalar, minus the objective's
+        surrogate
     Raises: ValueError if the shapes do not match.
     Source: notes §10.6 (14).
-    Differs: the term of step t carries the discount to the power t; without it (``discount_weighting=False``) the
-        gradient is exact for a discount of 1 only (erratum 64).
+    Differs: the term of step t carries the discount to the power t; without it (``discount_weighting=False``)
+        the gradient is exact for a discount of 1 only (erratum 64).
     """
     keep = kept_positions(mask, logprobs.shape, "reinforce_to_go_loss")
     paid = frozen_where(keep, rewards, "reinforce_to_go_loss", "rewards")
@@ -125,7 +131,8 @@ def grpo_vanilla_pg_loss(
 ) -> Float[Tensor, ""]:
     r"""The group advantage in plain policy gradient: no ratio and no clip, one update per batch of responses.
 
-    Equation: `grpo-vanilla-pg` $\nabla\mathcal L=-\mathbb E\big[\sum_tA_i\nabla\log\pi_\theta(y_{i,t}\mid s_{i,t})\big]$
+    Equation: `grpo-vanilla-pg` $\nabla\mathcal L=-\mathbb E\big[\sum_tA_i\nabla\log\pi_\theta(y_{i,t}\mid
+        s_{i,t})\big]$
     Shapes: logprobs (B, T), advantages (B,), mask (B, T) -> scalar
     Raises: ValueError if the shapes do not match or for an unknown reduction.
     Source: deepseek (last GRPO slide).

@@ -96,8 +96,10 @@ def grpo_clip_objective(
 ) -> Float[Tensor, ""]:
     r"""The clipped group objective, to be maximised.
 
-    Equation: `grpo-clip` $\frac1G\sum_i\frac1{\lvert y_i\rvert}\sum_t\min(\rho_{i,t}A_i,\mathrm{clip}(\rho_{i,t},1-\varepsilon,1+\varepsilon)A_i)$
-    Shapes: as in the module -> scalar. ``level="sequence"`` puts the response's ratio in place of the token's.
+    Equation: `grpo-clip` $\frac1G\sum_i\frac1{\lvert
+        y_i\rvert}\sum_t\min(\rho_{i,t}A_i,\mathrm{clip}(\rho_{i,t},1-\varepsilon,1+\varepsilon)A_i)$
+    Shapes: as in the module -> scalar. ``level="sequence"`` puts the response's ratio in place of the
+        token's.
     Raises: ValueError if the shapes do not match or for an unknown level or reduction.
     Source: deepseek (GRPO); lecture06; bridging §2.2.
     Differs: named an objective (erratum 71); ratio per token by default (erratum 81).
@@ -133,17 +135,20 @@ def grpo_loss(
     r"""The GRPO loss with its diagnostics.
 
     ``kl_ratio`` multiplies the estimator by the importance ratio, which makes value and gradient those of the
-    reverse divergence on samples of an older policy (k1 and k3). ``token_weights`` are those of `tis_weights`.
-    ``divisor`` is the reduction's denominator over the whole optimiser batch, see `aggregation_divisor`.
+    reverse divergence on samples of an older policy (k1 and k3). ``token_weights`` are those of
+    `tis_weights`. ``divisor`` is the reduction's denominator over the whole optimiser batch, see
+    `aggregation_divisor`.
 
-    Equation: `grpo-loss` $-\frac1G\sum_i\frac1{\lvert y_i\rvert}\sum_t\big[\min(\rho_{i,t}A_i,\mathrm{clip}(\rho_{i,t})A_i)-\beta k_3\big]$
+    Equation: `grpo-loss` $-\frac1G\sum_i\frac1{\lvert
+        y_i\rvert}\sum_t\big[\min(\rho_{i,t}A_i,\mathrm{clip}(\rho_{i,t})A_i)-\beta k_3\big]$
     Equation: `grpo-clip-higher` with ``clip_high`` wider than ``clip_low``
     Equation: `loss-aggregation` the divisor is ``reduction``
     Shapes: as in the module; ref_logprobs, token_weights, entropies (B, T) -> loss (scalar) and numbers
-    Raises: ValueError if the shapes do not match, for an unknown switch, or if beta is not 0 without a reference.
+    Raises: ValueError if the shapes do not match, for an unknown switch, or if beta is not 0 without a
+        reference.
     Source: deepseek (GRPO); lecture06; Shao et al. 2024.
-    Differs: parameters are the policy's, and the KL term stands inside the average (erratum 82); reference and old
-        policy are two arguments (erratum 76); the divisor is a switch (erratum 77).
+    Differs: parameters are the policy's, and the KL term stands inside the average (erratum 82); reference
+        and old policy are two arguments (erratum 76); the divisor is a switch (erratum 77).
     """
     require_one_of(level, LEVELS, "grpo_loss", "level")
     keep = kept_positions(mask, logprobs.shape, "grpo_loss")
@@ -182,7 +187,7 @@ def penalised_loss(
     entropy_coef: float = 0.0,
     **how: Any,
 ) -> GRPOLoss:
-    """Minus the aggregated objective terms, plus the KL penalty, minus the entropy bonus; and the diagnostics.
+    """Minus the aggregated objective terms, plus the KL penalty, minus the entropy bonus; with diagnostics.
 
     ``current`` and ``old`` hold 0 at dropped tokens; ``how`` is the reduction. `grpo_loss` explains the rest.
     """
@@ -243,10 +248,12 @@ def grpo_kl_objective(
 ) -> Float[Tensor, ""]:
     r"""The unclipped group objective with a divergence of whole responses, to be maximised.
 
-    The divergence does not depend on the sampled response; it is estimated on the responses of the old policy,
-    with the importance ratio, so that value and gradient (k1 and k3) are those of the reverse divergence in mean.
+    The divergence does not depend on the sampled response; it is estimated on the responses of the old
+    policy, with the importance ratio, so that value and gradient (k1 and k3) are those of the reverse
+    divergence in mean.
 
-    Equation: `grpo-kl-objective` $\mathbb E_{y_i\sim\pi_{\rm old}}[\rho_iA_i-\beta D_{\rm KL}(\pi_\theta\Vert\pi_{\rm ref})]$
+    Equation: `grpo-kl-objective` $\mathbb E_{y_i\sim\pi_{\rm old}}[\rho_iA_i-\beta D_{\rm
+        KL}(\pi_\theta\Vert\pi_{\rm ref})]$
     Shapes: logprobs, old_logprobs, ref_logprobs, mask (B, T), advantages (B,) -> scalar
     Raises: ValueError if the shapes do not match or for an unknown estimator.
     Source: bridging §2.2 and §5.

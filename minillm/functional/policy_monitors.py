@@ -30,9 +30,11 @@ def ppo_token_trace(
     advantages: Float[Array, " T"],
     clip: float = 0.2,
 ) -> TokenTrace:
-    r"""A response token by token: log-prob, ratio, advantage, whether the clip took its gradient, and its term.
+    r"""A response token by token: log-prob, ratio, advantage, whether the clip took its gradient, and its
+    term.
 
-    Equation: `ppo-per-token` $\log\pi,\ \rho_t,\ \hat A_t$, clip flag, $\min(\rho_t\hat A_t,\mathrm{clip}(\rho_t)\hat A_t)$
+    Equation: `ppo-per-token` $\log\pi,\ \rho_t,\ \hat A_t$, clip flag,
+        $\min(\rho_t\hat A_t,\mathrm{clip}(\rho_t)\hat A_t)$
     Shapes: three (T,) -> five (T,)
     Raises: ValueError if the shapes differ.
     Source: topics #11.
@@ -54,7 +56,8 @@ def ppo_early_stop(
 ) -> EarlyStop:
     r"""Whether to leave the epochs on a batch because the policy has moved far enough.
 
-    Equation: `ppo-early-stop` $\hat D_{\rm KL}(\pi_{\rm old}\Vert\pi_\theta)=\overline{\rho-1-\log\rho}>$ target
+    Equation: `ppo-early-stop` $\hat D_{\rm KL}(\pi_{\rm old}\Vert\pi_\theta)=\overline{\rho-1-\log\rho}>$
+        target
     Shapes: logprobs, old_logprobs, mask (B, T) -> number and decision
     Raises: ValueError if the shapes do not match or the target is not positive.
     Source: topics #10.
@@ -77,7 +80,8 @@ def trpo_kl_sample(
 ) -> Float[Tensor, ""]:
     r"""TRPO's constraint as a mean over samples of the old policy.
 
-    Equation: `trpo-kl-sample` $\mathbb E_{a\sim\pi_{\rm old}}[\log\pi_{\rm old}-\log\pi_\theta]=D_{\rm KL}(\pi_{\rm old}\Vert\pi_\theta)$
+    Equation: `trpo-kl-sample` $\mathbb E_{a\sim\pi_{\rm old}}[\log\pi_{\rm old}-\log\pi_\theta]=D_{\rm
+        KL}(\pi_{\rm old}\Vert\pi_\theta)$
     Shapes: logprobs, old_logprobs, mask (B, T) -> scalar, mean over kept tokens
     Raises: ValueError if the shapes do not match.
     Source: notes §10.6.

@@ -20,7 +20,9 @@ from minillm.functional.policy_losses import (
 
 
 def _example_outside(rng):
-    """Ratios beyond the bounds only: there the frozen weight is constant, and a finite difference sees no other path."""
+    """Ratios beyond the bounds only: there the frozen weight is constant, and a finite difference sees no
+    other path.
+    """
     (logprobs,), kwargs = example_with_reference(rng)
     gap = rng.choice([-1.0, 1.0], size=logprobs.shape) * rng.uniform(0.35, 0.9, logprobs.shape)
     return (logprobs,), {**kwargs, "old_logprobs": logprobs - gap, "clip_low": 0.2, "clip_high": 0.2}
@@ -40,7 +42,8 @@ def gspo_loss(
 ) -> GRPOLoss:
     r"""GSPO: one ratio for a response, the geometric mean of its tokens', so that its tokens clip together.
 
-    Equation: `gspo` $-\frac1G\sum_i\min(s_iA_i,\mathrm{clip}(s_i,1-\varepsilon_{\rm low},1+\varepsilon_{\rm high})A_i)$, $s_i=\exp\big(\frac1{\lvert y_i\rvert}\sum_t\log\rho_{i,t}\big)$
+    Equation: `gspo` $-\frac1G\sum_i\min(s_iA_i,\mathrm{clip}(s_i,1-\varepsilon_{\rm low},1+\varepsilon_{\rm
+        high})A_i)$, $s_i=\exp\big(\frac1{\lvert y_i\rvert}\sum_t\log\rho_{i,t}\big)$
     Shapes: as in `policy_losses`; further options are those of `grpo_loss` -> loss (scalar) and numbers
     Raises: ValueError as `grpo_loss`.
     Source: Zheng et al. 2025.
@@ -66,9 +69,10 @@ def cispo_loss(
 ) -> GRPOLoss:
     r"""CISPO: the ratio is a clipped, frozen weight, so that every token keeps its gradient.
 
-    Equation: `cispo` $-\frac1{\sum_i\lvert y_i\rvert}\sum_{i,t}\mathrm{sg}[\min(\rho_{i,t},1+\varepsilon_{\rm high})]\,A_i\log\pi_\theta(y_{i,t}\mid s_{i,t})$
-    Shapes: as in `policy_losses`; further options are those of `grpo_loss` -> loss (scalar) and numbers.
-        The weight's cap is ``1 + clip_high``; ``clip_low`` adds a lower bound, off by default.
+    Equation: `cispo` $-\frac1{\sum_i\lvert y_i\rvert}\sum_{i,t}\mathrm{sg}[\min(\rho_{i,t},1+\varepsilon_{\rm
+        high})]\,A_i\log\pi_\theta(y_{i,t}\mid s_{i,t})$
+    Shapes: as in `policy_losses`; further options are those of `grpo_loss` -> loss (scalar) and numbers. The
+        weight's cap is ``1 + clip_high``; ``clip_low`` adds a lower bound, off by default.
     Raises: ValueError as `grpo_loss`.
     Source: MiniMax 2025.
     """
@@ -91,9 +95,11 @@ def tis_weights(
     cap: float = 2.0,
     band: tuple[float, float] | None = None,
 ) -> Float[np.ndarray, "*B"]:
-    r"""Weights that undo the difference between the law that sampled and the one the trainer computes, truncated.
+    r"""Weights that undo the difference between the law that sampled and the one the trainer computes,
+    truncated.
 
-    Equation: `tis` $w_t=\min\big(\frac{\pi_{\rm old}(a_t\mid s_t)}{\mu(a_t\mid s_t)},C\big)$, or with a band $w_t=0$ outside $[c_{\rm lo},c_{\rm hi}]$
+    Equation: `tis` $w_t=\min\big(\frac{\pi_{\rm old}(a_t\mid s_t)}{\mu(a_t\mid s_t)},C\big)$, or with a band
+        $w_t=0$ outside $[c_{\rm lo},c_{\rm hi}]$
     Shapes: two (...) -> (...), frozen; multiply the token terms of a loss by them
     Raises: ValueError if the shapes differ or the cap is not positive.
     Source: Yao et al. 2025; erratum 45.

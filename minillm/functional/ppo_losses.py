@@ -1,7 +1,7 @@
 r"""PPO: actor and bonuses, as objectives to be maximised and losses to be minimised.
 
-The difference to GRPO: advantages come from a critic, one for each token, and the divergence from the reference
-is usually paid in the reward (`kl_shaped_reward`), not in the loss.
+The difference to GRPO: advantages come from a critic, one for each token, and the divergence from the
+reference is usually paid in the reward (`kl_shaped_reward`), not in the loss.
 """
 
 from typing import Any
@@ -65,7 +65,8 @@ def ppo_clip_objective(
 ) -> Float[Tensor, ""]:
     r"""The clipped surrogate, to be maximised.
 
-    Equation: `ppo-clip` $\mathbb E[\min(\rho_t\hat A_t,\mathrm{clip}(\rho_t,1-\varepsilon,1+\varepsilon)\hat A_t)]$
+    Equation: `ppo-clip` $\mathbb E[\min(\rho_t\hat A_t,\mathrm{clip}(\rho_t,1-\varepsilon,1+\varepsilon)\hat
+        A_t)]$
     Shapes: logprobs, old_logprobs, mask (B, T), advantages (B, T) or (B,) -> scalar
     Raises: ValueError if the shapes do not match or for an unknown reduction.
     Source: lecture06; notes §10.6; bridging §2.2.
@@ -89,11 +90,13 @@ def ppo_lm_loss(
 ) -> Float[Tensor, ""]:
     r"""PPO's actor loss for responses of a language model, to be minimised.
 
-    Equation: `ppo-lm-loss` $-\mathbb E\big[\frac1{\lvert y\rvert}\sum_t\min(\cdot)\big]$ with ``reduction="seq-mean"``; token mean by default
+    Equation: `ppo-lm-loss` $-\mathbb E\big[\frac1{\lvert y\rvert}\sum_t\min(\cdot)\big]$ with
+        ``reduction="seq-mean"``; token mean by default
     Shapes: logprobs, old_logprobs, mask (B, T), advantages (B, T) or (B,) -> scalar
     Raises: ValueError if the shapes do not match or for an unknown reduction.
     Source: deepseek (PPO for LLMs); notes §10.5.
-    Differs: the documents weigh lengths differently (erratum 77); the old policy is not the reference (erratum 76).
+    Differs: the documents weigh lengths differently (erratum 77); the old policy is not the reference
+        (erratum 76).
     """
     return -ppo_clip_objective(
         logprobs, old_logprobs, advantages, mask, clip_low, clip_high, reduction, **options
@@ -110,7 +113,8 @@ def entropy_bonus(
     Shapes: logits (B, T, V), mask (B, T) -> scalar
     Raises: ValueError if the shapes do not match or for an unknown reduction.
     Source: notes §10.6; lecture06 (entropy).
-    Differs: summed over the vocabulary; the mean of minus the sampled log-probs has a gradient of mean zero (erratum 74).
+    Differs: summed over the vocabulary; the mean of minus the sampled log-probs has a gradient of mean zero
+        (erratum 74).
     """
     keep = kept_positions(mask, logits.shape[:2], "entropy_bonus")
     return aggregate(entropy_from_logits(where(keep[..., None], logits, 0.0)), keep, reduction, **options)
@@ -132,9 +136,12 @@ def ppo_kl_loss(
 ) -> Float[Tensor, ""]:
     r"""PPO with the divergence from the reference as a penalty over the whole vocabulary, to be minimised.
 
-    Equation: `ppo-kl-loss` $-\mathcal L^{\rm PPO}+\beta\,\mathbb E_t[D_{\rm KL}(\pi_\theta(\cdot\mid s_t)\Vert\pi_{\rm ref}(\cdot\mid s_t))]$
-    Equation: `ppo-kl-orig` with ``direction="forward"`` $\mathbb E_{s_t}[D_{\rm KL}(\pi_{\rm ref}\Vert\pi_\theta)]$
-    Shapes: logprobs, old_logprobs, mask (B, T), logits, ref_logits (B, T, V), advantages (B, T) or (B,) -> scalar
+    Equation: `ppo-kl-loss` $-\mathcal L^{\rm PPO}+\beta\,\mathbb E_t[D_{\rm KL}(\pi_\theta(\cdot\mid
+        s_t)\Vert\pi_{\rm ref}(\cdot\mid s_t))]$
+    Equation: `ppo-kl-orig` with ``direction="forward"``
+        $\mathbb E_{s_t}[D_{\rm KL}(\pi_{\rm ref}\Vert\pi_\theta)]$
+    Shapes: logprobs, old_logprobs, mask (B, T), logits, ref_logits (B, T, V), advantages (B, T) or (B,) ->
+        scalar
     Raises: ValueError if the shapes do not match, or for an unknown direction or reduction.
     Source: notes §10.7; lecture06 (KL penalty).
     Differs: the documents disagree on the direction; reverse by default (erratum 4).
@@ -159,7 +166,8 @@ def ppo_total_loss(
 ) -> Float[Tensor, ""]:
     r"""The negative of PPO's total objective, to be minimised.
 
-    Equation: `ppo-total` $-\big(\mathcal L^{\rm actor}-c_v\mathcal L^{\rm critic}+c_e\mathcal L^{\rm entropy}-w_2\mathrm{KL}\big)$
+    Equation: `ppo-total` $-\big(\mathcal L^{\rm actor}-c_v\mathcal L^{\rm critic}+c_e\mathcal L^{\rm
+        entropy}-w_2\mathrm{KL}\big)$
     Shapes: scalars -> scalar
     Source: notes §10.5 and §10.6; lecture06 (final objective).
     Differs: every part is a mean over real tokens (erratum 75).
@@ -177,12 +185,13 @@ def kl_shaped_reward(
 ) -> Float[np.ndarray, "B T"]:
     r"""Rewards for every token: the score on the last one, and a price for being likelier than the reference.
 
-    Equation: `kl-shaped-reward` $r_t=-\beta\,\mathrm{sg}[\log\pi_{\rm old}-\log\pi_{\rm ref}]+\mathbf1\{t=T\}R_\phi(x,y)$
+    Equation: `kl-shaped-reward` $r_t=-\beta\,\mathrm{sg}[\log\pi_{\rm old}-\log\pi_{\rm
+        ref}]+\mathbf1\{t=T\}R_\phi(x,y)$
     Shapes: scores (B,), old_logprobs, ref_logprobs, mask (B, T) -> (B, T), an array: frozen at roll-out
     Raises: ValueError if the shapes do not match.
     Source: notes §10.5; deepseek.
-    Differs: computed once, from the policy that sampled (erratum 69); negative where that policy is likelier than the
-        reference (erratum 70).
+    Differs: computed once, from the policy that sampled (erratum 69); negative where that policy is likelier
+        than the reference (erratum 70).
     """
     keep = kept_positions(mask, frozen(old_logprobs).shape, "kl_shaped_reward")
     final = frozen(scores)
@@ -198,7 +207,8 @@ def kl_shaped_reward(
 def rlhf_objective(scores: Float[Array, " B"], divergence: Float[Array, " B"], beta: float) -> float:
     r"""Mean score minus the price of the divergence: what RLHF maximises, as a monitor.
 
-    Equation: `rlhf-objective` $\mathbb E[R_\phi(x,y)-\beta D_{\rm KL}(\pi_\theta(\cdot\mid x)\Vert\pi_{\rm ref}(\cdot\mid x))]$
+    Equation: `rlhf-objective` $\mathbb E[R_\phi(x,y)-\beta D_{\rm KL}(\pi_\theta(\cdot\mid x)\Vert\pi_{\rm
+        ref}(\cdot\mid x))]$
     Shapes: scores (B,), divergence of each prompt's response law (B,) -> number
     Source: notes (12); deepseek; lecture06.
     Differs: the divergence is of the laws and does not depend on the sampled response (erratum 103).

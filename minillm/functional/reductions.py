@@ -31,10 +31,12 @@ def aggregation_divisor(mask: Any, reduction: str, *, length: int | None = None)
 
     It adds over micro-batches and ranks: sum it over all of them, and give the total to every `aggregate`.
 
-    Equation: `loss-aggregation` divisor $\sum_{i,t}m_{i,t}$ (`token-mean`), $N$ (`seq-mean`, `seq-sum`), $NL_{\max}$ (`constant`)
+    Equation: `loss-aggregation` divisor $\sum_{i,t}m_{i,t}$ (`token-mean`), $N$ (`seq-mean`, `seq-sum`),
+        $NL_{\max}$ (`constant`)
     Shapes: mask (B, T) -> number
     Raises: ValueError for an unknown reduction, or for ``constant`` without a length.
-    Source: bridging §2; deepseek (PPO for LLMs); notes §10.5; Yu et al. 2025 (DAPO); Liu et al. 2025 (Dr. GRPO).
+    Source: bridging §2; deepseek (PPO for LLMs); notes §10.5; Yu et al. 2025 (DAPO); Liu et al. 2025 (Dr.
+        GRPO).
     """
     require_one_of(reduction, REDUCTIONS, "aggregate", "reduction")
     keep = kept_positions(mask, np.shape(frozen(mask)), "aggregate")
@@ -57,7 +59,8 @@ def aggregation_weights(
 ) -> Float[np.ndarray, "B T"]:
     r"""The weight that each token has in the aggregated loss.
 
-    Equation: `loss-aggregation` $w_{i,t}=\frac{m_{i,t}}{D}$, and for `seq-mean` $w_{i,t}=\frac{m_{i,t}}{D\sum_sm_{i,s}}$
+    Equation: `loss-aggregation` $w_{i,t}=\frac{m_{i,t}}{D}$, and for `seq-mean`
+        $w_{i,t}=\frac{m_{i,t}}{D\sum_sm_{i,s}}$
     Shapes: mask (B, T) -> (B, T); all zero where the mask is.
     Raises: ValueError for an unknown reduction, a mask that is not (B, T), or a divisor that is not positive.
     Source: deepseek (PPO for LLMs); notes §10.5.
@@ -87,7 +90,9 @@ def aggregate(
 
     A response whose tokens are all masked adds 0 (and still counts as one of the N responses).
 
-    Equation: `loss-aggregation` `token-mean` $\frac{\sum_{i,t}m\ell}{\sum_{i,t}m}$, `seq-mean` $\frac1N\sum_i\frac{\sum_tm\ell}{\sum_tm}$, `seq-sum` $\frac1N\sum_{i,t}m\ell$, `constant` $\frac1{NL_{\max}}\sum_{i,t}m\ell$, `sum`
+    Equation: `loss-aggregation` `token-mean` $\frac{\sum_{i,t}m\ell}{\sum_{i,t}m}$, `seq-mean`
+        $\frac1N\sum_i\frac{\sum_tm\ell}{\sum_tm}$, `seq-sum` $\frac1N\sum_{i,t}m\ell$, `constant`
+        $\frac1{NL_{\max}}\sum_{i,t}m\ell$, `sum`
     Shapes: token_terms (B, T), mask (B, T) of booleans or 0/1 -> scalar. ``divisor`` replaces the denominator
         (tokens, N, or N L_max) by that of the whole optimiser batch, so that micro-batches add up to it.
     Raises: ValueError for an unknown reduction, a mask of another shape or with values other than 0 and 1.
@@ -108,7 +113,8 @@ def masked_mean(terms: Float[Array, "*B"], mask: Any) -> Float[Tensor, ""]:
     Shapes: terms (...), mask of the same shape -> scalar
     Raises: ValueError for a mask of another shape or with values other than 0 and 1.
     Source: notes §10.5.
-    Differs: indices of the mask as in the numerator (erratum 100); the number of terms, not of steps plus one, divides (erratum 75).
+    Differs: indices of the mask as in the numerator (erratum 100); the number of terms, not of steps plus
+        one, divides (erratum 75).
     """
     values = as_tensor(terms)
     keep = kept_positions(mask, values.shape, "masked_mean")

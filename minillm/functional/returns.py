@@ -1,14 +1,14 @@
 r"""Returns and advantages along time: plain arrays, the last axis is time.
 
-They are data for the losses, computed once per roll-out with the values of that moment and frozen
-(erratum 69). A step may end an episode in two ways: ``terminated`` (nothing follows, its value is 0) and
-``truncated`` (cut off, the value of the state before the reset stands in for what would have followed).
+They are data for the losses, computed once per roll-out with the values of that moment and frozen (erratum
+69). A step may end an episode in two ways: ``terminated`` (nothing follows, its value is 0) and ``truncated``
+(cut off, the value of the state before the reset stands in for what would have followed).
 """
 
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Real
 
 from minillm.checks import require, require_positive
 from minillm.functional.frozen import Array, frozen, kept_positions
@@ -55,7 +55,7 @@ def done_flags(terminated: Any, truncated: Any) -> Bool[np.ndarray, "*B T"]:
     return kept_positions(ended, shape, "done_flags") | kept_positions(truncated, shape, "done_flags")
 
 
-def return_discounted(rewards: Float[Array, "*B T"], gamma: float = 1.0, done: Any = None) -> Steps:
+def return_discounted(rewards: Real[Array, "*B T"], gamma: float = 1.0, done: Any = None) -> Steps:
     r"""Sum of the rewards from every step on, each discounted by its distance.
 
     Equation: `return-discounted` $G_t=\sum_{l=0}^{T-t}\gamma^lr_{t+l}$
@@ -72,14 +72,15 @@ def return_discounted(rewards: Float[Array, "*B T"], gamma: float = 1.0, done: A
     return out
 
 
-def return_split(rewards: Float[Array, "*B T"], t: int, gamma: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    r"""The return of an episode in two parts: what was paid before step t, and the discounted return from it on.
+def return_split(rewards: Real[Array, "*B T"], t: int, gamma: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    r"""The return of an episode in two parts: what was paid before step t, and what comes from it on.
 
     Equation: `return-split` $\mathcal R(\tau)=\sum_{k<t}\gamma^kr_k+\gamma^tG_t$
     Shapes: rewards (..., T) -> two of (...)
     Raises: ValueError for a step outside [0, T) or a discount outside [0, 1].
     Source: notes §10.6.
-    Differs: the second part is the discount to the power t times the return, not the return itself (erratum 64).
+    Differs: the second part is the discount to the power t times the return, not the return itself (erratum
+        64).
     """
     _discount("return_split", "gamma", gamma)
     r = _steps("return_split", "rewards", rewards)
@@ -89,7 +90,7 @@ def return_split(rewards: Float[Array, "*B T"], t: int, gamma: float = 1.0) -> t
 
 
 def td_residual(
-    rewards: Float[Array, "*B T"],
+    rewards: Real[Array, "*B T"],
     values: Float[Array, "*B T"],
     next_values: Float[Array, "*B T"],
     terminated: Any = None,
@@ -99,7 +100,8 @@ def td_residual(
 
     Equation: `td-residual` $\delta_t=r_t+\gamma(1-\mathrm{terminated}_t)V(s_{t+1})-V(s_t)$
     Equation: `td-unbiased` $\mathbb E_{s_{t+1}\sim P}[\delta_t]=A^\pi$ when $V=V^\pi$
-    Shapes: four (..., T) -> (..., T); next_values holds V(s_{t+1}), after a truncation that of the state before the reset
+    Shapes: four (..., T) -> (..., T); next_values holds V(s_{t+1}), after a truncation that of the state
+        before the reset
     Raises: ValueError if the shapes differ or for a discount outside [0, 1].
     Source: deepseek (GAE); lecture06; notes §10.5 and §10.6.
     Differs: the average is over the next state given the action (erratum 67).
@@ -114,7 +116,7 @@ def td_residual(
 
 
 def n_step_advantage(
-    rewards: Float[Array, "*B T"], values: Float[Array, "*B T"], n: int, gamma: float = 1.0
+    rewards: Real[Array, "*B T"], values: Float[Array, "*B T"], n: int, gamma: float = 1.0
 ) -> Steps:
     r"""n rewards and then the value, minus the value now; for one episode that ends with the last step.
 
@@ -135,7 +137,7 @@ def n_step_advantage(
 
 
 def mc_advantage(
-    rewards: Float[Array, "*B T"], values: Float[Array, "*B T"], gamma: float = 1.0, done: Any = None
+    rewards: Real[Array, "*B T"], values: Float[Array, "*B T"], gamma: float = 1.0, done: Any = None
 ) -> Steps:
     r"""The return that was seen, minus the value.
 
@@ -166,7 +168,7 @@ def gae_sum(deltas: Float[Array, "*B T"], gamma: float = 1.0, lam: float = 0.95)
 
 
 def gae_from_n_steps(
-    rewards: Float[Array, "*B T"], values: Float[Array, "*B T"], gamma: float = 1.0, lam: float = 0.95
+    rewards: Real[Array, "*B T"], values: Float[Array, "*B T"], gamma: float = 1.0, lam: float = 0.95
 ) -> Steps:
     r"""The same as an average of n-step advantages with geometric weights.
 
@@ -188,7 +190,7 @@ def gae_from_n_steps(
 
 
 def gae(
-    rewards: Float[Array, "*B T"],
+    rewards: Real[Array, "*B T"],
     values: Float[Array, "*B T"],
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -200,14 +202,18 @@ def gae(
 ) -> Steps:
     r"""Generalised advantage estimate by the backward recursion.
 
-    Steps that the mask drops (padding, tokens that the policy did not write) are skipped: the recursion goes from
-    one kept step to the next, and their advantage is 0.
+    Steps that the mask drops (padding, tokens that the policy did not write) are skipped: the recursion goes
+    from one kept step to the next, and their advantage is 0.
 
-    Equation: `gae-recursion` $\hat A_t=\delta_t+\gamma\lambda(1-\mathrm{done}_t)\hat A_{t+1}$, $\hat A_{T+1}=0$ with $T$ the last real step
-    Shapes: (..., T) each -> (..., T). Without next_values the value of the next kept step is taken, and 0 after the last.
-    Raises: ValueError if the shapes differ, for a discount outside [0, 1], or for truncated steps without next_values.
+    Equation: `gae-recursion` $\hat A_t=\delta_t+\gamma\lambda(1-\mathrm{done}_t)\hat A_{t+1}$,
+        $\hat A_{T+1}=0$ with $T$ the last real step
+    Shapes: (..., T) each -> (..., T). Without next_values the value of the next kept step is taken, and 0
+        after the last.
+    Raises: ValueError if the shapes differ, for a discount outside [0, 1], or for truncated steps without
+        next_values.
     Source: notes §10.5 and (15); deepseek (GAE); lecture06.
-    Differs: the advantage is 0 one step past the end and not at the last step, where the score arrives (erratum 68).
+    Differs: the advantage is 0 one step past the end and not at the last step, where the score arrives
+        (erratum 68).
     """
     _discount("gae", "gamma", gamma)
     _discount("gae", "lam", lam)

@@ -50,7 +50,9 @@ def sequence_kl(
     divergences of the next-token laws. The values are equal. So are the gradients, as long as the prefix law
     is differentiated too, as it is here.
 
-    Equation: `kl-chain-rule` $\mathbb E_{y\sim\pi_\theta}\big[\sum_t\log\frac{\pi_\theta(y_t\mid s_t)}{\pi_{\rm ref}(y_t\mid s_t)}\big]=\mathbb E_{y\sim\pi_\theta}\big[\sum_tD_{\rm KL}(\pi_\theta(\cdot\mid s_t)\Vert\pi_{\rm ref}(\cdot\mid s_t))\big]$
+    Equation: `kl-chain-rule` $\mathbb E_{y\sim\pi_\theta}\big[\sum_t\log\frac{\pi_\theta(y_t\mid
+        s_t)}{\pi_{\rm ref}(y_t\mid s_t)}\big]=\mathbb E_{y\sim\pi_\theta}\big[\sum_tD_{\rm
+        KL}(\pi_\theta(\cdot\mid s_t)\Vert\pi_{\rm ref}(\cdot\mid s_t))\big]$
     Shapes: logits (n, L, V) for all n sequences, ids (n, L) -> scalar
     Raises: ValueError if the shapes do not match.
     Source: notes §10.5.

@@ -72,9 +72,11 @@ def regularised_reward_objective(
 def donsker_varadhan(
     reward: Float[Tensor, "*B n"], reference: Float[Tensor, "*B n"], beta: float
 ) -> Float[Tensor, "*B"]:
-    r"""The largest value that objective can take, reached by the reference tilted by the exponential of the reward.
+    r"""The largest value that objective can take, reached by the reference tilted by the exponential of the
+    reward.
 
-    Equation: `donsker-varadhan` $\max_\pi\mathbb E_\pi[r]-\beta D_{\rm KL}(\pi\Vert\pi_{\rm ref})=\beta\log\mathbb E_{\pi_{\rm ref}}[e^{r/\beta}]$
+    Equation: `donsker-varadhan` $\max_\pi\mathbb E_\pi[r]-\beta D_{\rm KL}(\pi\Vert\pi_{\rm
+        ref})=\beta\log\mathbb E_{\pi_{\rm ref}}[e^{r/\beta}]$
     Shapes: reward (..., n), reference (..., n) with positive entries -> (...)
     Raises: ValueError if the reference is not a distribution or beta is not positive.
     Source: notes §10.9.
