@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from minillm.autograd import registry
-from minillm.autograd.tape import Node, Variable, grad, is_recording, wrap
+from minillm.autograd.tape import Node, Variable, is_recording, propagate, wrap
+from minillm.checks import describe, message
 
 
 def sum_to(cotangent: Any, shape: tuple[int, ...]) -> Any:
@@ -42,7 +43,7 @@ class Primitive:
         return f"<primitive {self.name}>"
 
     def __call__(self, *args: Any, **params: Any) -> Any:
-        if self.broadcasts and len(args) > 1:
+        if len(args) > 1:
             args = _same_precision(self.name, args)
         arrays = [a.data if isinstance(a, Variable) else a for a in args]
         try:
@@ -50,6 +51,8 @@ class Primitive:
         except (ValueError, IndexError) as error:
             shapes = ", ".join(str(np.shape(a)) for a in arrays)
             raise type(error)(f"{self.name}: cannot work on shapes {shapes}: {error}") from None
+        if data.dtype != _DEFAULT and data.dtype.kind == "f" and "dtype" not in params:
+            data = _without_upcast(data, arrays)
         out = wrap(data)
         if is_recording() and any(isinstance(a, Variable) and a.requires_grad for a in args):
             out.requires_grad = True
@@ -72,6 +75,15 @@ class Primitive:
                 gradient = sum_to(gradient, value.shape)
             pulled.append(gradient if create_graph else gradient.data)
         return pulled + [None] * (len(node.inputs) - len(pulled))
+
+
+_DEFAULT = np.dtype(np.float32)
+
+
+def _without_upcast(data: Any, arrays: list) -> Any:
+    """Bring to float32 what NumPy made float64 of integers, booleans and Python numbers alone."""
+    made_from_floats = any(getattr(a, "dtype", _DEFAULT) == data.dtype for a in arrays)
+    return data if made_from_floats else data.astype(_DEFAULT)
 
 
 def _precision(name: str, args: tuple) -> np.dtype | None:
@@ -107,6 +119,8 @@ def _same_precision(name: str, args: tuple) -> tuple:
         if isinstance(a, bool | int | float):
             return float(a) if isinstance(a, float) else a  # a Python number (np.float64 too) adopts the precision
         array = np.asarray(a)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(message(name, "an argument", "a tensor, an array or a number", describe(a)))
         return array if array.dtype.kind == "b" else array.astype(dtype, copy=False)
 
     return tuple(adapt(a) for a in args)
@@ -117,6 +131,15 @@ def primitive(name: str, forward: Callable, *vjps: Callable | None, broadcasts: 
     made = Primitive(name, forward, vjps, broadcasts, doc)
     registry.register(name, primitive=made, **row)
     return made
+
+
+alias = primitive(
+    "alias",
+    lambda x: x,
+    lambda g, out, x: g,
+    example=lambda rng: ((rng.normal(size=(2, 3)),), {}),
+    doc="The same values under another name: a place in the graph where a gradient can be read off",
+)
 
 
 class Derived:
@@ -156,21 +179,25 @@ class Derived:
         return self._pull_through_written(node, slots)
 
     def _pull_through_written(self, node: Node, slots: list) -> list:
-        """Differentiate the as-written twin, whose VJPs are primitives, so that gradients have a graph."""
-        outputs = registry.row(self.name).written(*node.inputs, **node.params)
+        """Differentiate the as-written twin, whose VJPs are primitives, so that gradients have a graph.
+
+        The twin is given aliases, and the walk stops there: an input that another input was made from (the
+        stream and its branch in a residual block) must receive its own share here, and not the other's too.
+        """
+        inputs = [alias(t) if getattr(t, "requires_grad", False) else t for t in node.inputs]
+        outputs = registry.row(self.name).written(*inputs, **node.params)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, s) for o, s in zip(outputs, slots, strict=True) if s is not None and o.requires_grad]
-        wanted = [t for t in node.inputs if getattr(t, "requires_grad", False)]
-        found = grad(
-            [o for o, _ in pairs], wanted, [s for _, s in pairs], create_graph=True, retain_graph=True, allow_unused=True
+        taps = [t for t in inputs if getattr(t, "requires_grad", False)]
+        found = propagate(
+            [o for o, _ in pairs],
+            [s for _, s in pairs],
+            retain_graph=True,
+            create_graph=True,
+            taps=taps,
+            stop_at_taps=True,
         )
-        by_id = {id(t): g for t, g in zip(wanted, found, strict=True)}
-        seen: set[int] = set()
-        pulled = []
-        for tensor in node.inputs:  # an input given twice has received both shares already
-            pulled.append(None if id(tensor) in seen else by_id.get(id(tensor)))
-            seen.add(id(tensor))
-        return pulled
+        return [found.get(id(t)) for t in inputs]
 
 
 def derived(name: str) -> Callable[[Callable], Derived]:

@@ -114,7 +114,7 @@ power = primitive(
     "power",
     np.power,
     lambda g, out, x, y: g * _power_slope(x, y),
-    lambda g, out, x, y: g * out * log(where(_raw(x) > 0, x, 1.0)),
+    lambda g, out, x, y: g * out * _log_base(x),
     broadcasts=True,
     example=lambda rng: ((rng.uniform(0.3, 2.0, size=(2, 3)), rng.normal(size=3)), {}),
     doc="$x^y$; the gradient with respect to $y$ is defined for $x>0$ and 0 elsewhere",
@@ -142,11 +142,20 @@ def _share(x: Any, y: Any, better: Any) -> np.ndarray:
 
 
 def _power_slope(x: Any, y: Any) -> Any:
-    """$y x^{y-1}$, and 0 where y is 0 (there $0\\cdot0^{-1}$ would be NaN)."""
-    if isinstance(y, Variable):
-        safe = where(y.data == 0, 1.0, y)
-        return y * power(x, safe - 1.0)
-    return 0.0 * x if np.ndim(y) == 0 and y == 0 else y * power(x, np.where(np.equal(y, 0), 1, y) - 1.0)
+    """$y x^{y-1}$, and 0 where x and y are 0 (there $0\\cdot0^{-1}$ would be NaN)."""
+    undefined = (_raw(y) == 0) & (_raw(x) == 0)
+    if undefined.any():
+        y_safe = where(undefined, 1.0, y) if isinstance(y, Variable) else np.where(undefined, 1.0, y)
+        return y * power(x, y_safe - 1.0)
+    return y * power(x, y - 1.0)
+
+
+def _log_base(x: Any) -> Any:
+    """$\\ln x$, and 0 where x is not positive."""
+    positive = _raw(x) > 0
+    if isinstance(x, Variable):
+        return log(where(positive, x, 1.0))
+    return np.log(np.where(positive, x, 1.0))
 
 
 # ---------------------------------------------------------------------------- elementwise
@@ -394,7 +403,7 @@ gather = primitive(
 
 
 def _scatter_along(values: np.ndarray, shape: tuple[int, ...], index: np.ndarray, axis: int) -> np.ndarray:
-    places = list(np.indices(index.shape, sparse=True))
+    places: list[np.ndarray] = list(np.indices(shape, sparse=True))
     places[axis] = index
     return _scatter_add(values, shape, tuple(places))
 

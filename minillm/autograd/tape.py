@@ -19,13 +19,13 @@ twin, which is made of primitives.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
 
-from minillm.checks import message
+from minillm.checks import message, require
 
 
 class _Recording(threading.local):
@@ -75,7 +75,8 @@ class Variable:
     index: int
 
     def __init_subclass__(cls) -> None:
-        Variable.concrete = cls
+        if Variable.concrete is None:  # a subclass of Tensor does not become what operations return
+            Variable.concrete = cls
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,12 +129,14 @@ class Node:
         self.inputs, self.output, self.params, self.vjp, self.freed = (), None, {}, None, True
 
 
-def count_consumers(roots: Sequence[Node]) -> dict[Node, int]:
-    """Count, for every node reachable from the roots, how many edges lead into it from above."""
+def count_consumers(roots: Sequence[Node], stops: Container[Node] = ()) -> dict[Node, int]:
+    """Count the edges into every node reachable from the roots; look no further than the stops."""
     consumers = dict.fromkeys(roots, 0)
     stack = list(consumers)
     while stack:
         node = stack.pop()
+        if node in stops:
+            continue
         if node.freed:
             raise RuntimeError(
                 f"backward: the graph behind '{node.operation.name}' was freed by an earlier backward. "
@@ -163,6 +166,7 @@ def propagate(
     retain_graph: bool,
     create_graph: bool,
     taps: Sequence[Variable] = (),
+    stop_at_taps: bool = False,
 ) -> dict[int, Any]:
     r"""Run the tape backwards and return the gradients of the leaves, and of the results asked for.
 
@@ -171,7 +175,8 @@ def propagate(
     Raises: RuntimeError if a node was already freed.
 
     ``seeds`` are arrays, or tensors when ``create_graph`` is on, and the gradients are of the same kind:
-    a dict from ``id(tensor)`` to gradient for every leaf reached and every tap (a non-leaf of interest).
+    a dict from ``id(tensor)`` to gradient for every leaf reached and every tap (a non-leaf of interest). With
+    ``stop_at_taps`` the walk ends at the taps and what lies below them is left alone.
     """
     gradients: dict[int, Any] = {}
     cotangents: dict[Node, list[Any]] = {}
@@ -191,7 +196,8 @@ def propagate(
 
     for root, seed in zip(roots, seeds, strict=True):
         deliver(root, seed)
-    waiting = count_consumers([root.node for root in roots if root.node is not None])
+    stops = tapped if stop_at_taps else {}
+    waiting = count_consumers([root.node for root in roots if root.node is not None], stops)
     ready = [node for node, consumers in waiting.items() if consumers == 0]
     with recording(create_graph):
         while ready:
@@ -200,6 +206,8 @@ def propagate(
             for tensor in tapped.get(node, ()):
                 if slots is not None and slots[tensor.index] is not None:
                     gradients[id(tensor)] = slots[tensor.index]
+            if node in stops:
+                continue
             pulled = (None,) * len(node.inputs) if slots is None else node.operation.pull(node, slots, create_graph)
             for tensor, cotangent in zip(node.inputs, pulled, strict=True):
                 if cotangent is not None and tensor.requires_grad:
@@ -216,7 +224,6 @@ def propagate(
 
 def _seed_for(output: Variable, given: Any, where: str, create_graph: bool) -> Any:
     """Turn the caller's ``grad_output`` into a seed, or complain with the shape that is wanted."""
-    from_tensor = getattr(given, "data", given) if given is not None else None
     if not output.requires_grad:
         raise RuntimeError(
             f"{where}: the tensor of shape {output.shape} does not depend on any tensor with requires_grad=True."
@@ -229,11 +236,11 @@ def _seed_for(output: Variable, given: Any, where: str, create_graph: bool) -> A
             )
         array = np.ones(output.shape, output.dtype)
     else:
-        array = np.asarray(from_tensor, dtype=output.dtype)
+        array = np.asarray(given.data if isinstance(given, Variable) else given, dtype=output.dtype)
         if array.shape != output.shape:
             raise ValueError(message(where, "the gradient passed in", f"of shape {output.shape}", array))
     if create_graph:
-        return given if hasattr(given, "node") else wrap(array)
+        return given if isinstance(given, Variable) else wrap(array)
     return array
 
 
@@ -289,8 +296,10 @@ def grad(
     single = not isinstance(inputs, list | tuple)
     wanted = [inputs] if single else list(inputs)
     roots = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
-    given = list(grad_outputs) if isinstance(outputs, list | tuple) and grad_outputs is not None else [grad_outputs]
-    given = given * len(roots) if len(given) != len(roots) else given
+    several = isinstance(outputs, list | tuple)
+    given = [None] * len(roots) if grad_outputs is None else list(grad_outputs) if several else [grad_outputs]
+    wanted_count = f"one for each of {len(roots)} outputs"
+    require(len(given) == len(roots), "grad", "grad_outputs", wanted_count, f"{len(given)}")
     seeds = [_seed_for(root, one, "grad", create_graph) for root, one in zip(roots, given, strict=True)]
     retain = create_graph if retain_graph is None else retain_graph
 

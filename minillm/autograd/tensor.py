@@ -1,6 +1,6 @@
 """The tensor: an array that remembers where it came from, under the names PyTorch users expect."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from minillm.autograd import primitives as ops
 from minillm.autograd import tape
 from minillm.autograd.tape import Variable
-from minillm.checks import message
+from minillm.checks import message, require
 
 Axis = int | tuple[int, ...] | None
 Limit = float | None  # inside the class, `float` is the method
@@ -71,8 +71,19 @@ class Tensor(Variable):
 
     def __len__(self) -> int:
         if self.ndim == 0:
-            raise TypeError("len() of a 0-d tensor")
+            raise TypeError(message("Tensor", "the tensor", "of at least 1 axis to have a length", self))
         return self.shape[0]
+
+    def __iter__(self) -> Iterator["Tensor"]:
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if self.requires_grad:
+            raise TypeError(
+                "Tensor: NumPy functions do not record, and this tensor requires a gradient. "
+                "Use the tensor's own operations, or .detach() to leave the graph."
+            )
+        return np.array(self.data, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
         values = np.array2string(self.data, precision=4, threshold=20, edgeitems=3)
@@ -254,8 +265,10 @@ class Tensor(Variable):
         return total * (1.0 / (n - ddof) if n > ddof else np.nan)
 
     def std(self, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> "Tensor":
-        """The standard deviation, with ``ddof`` as in `var`."""
-        return self.var(axis, keepdims, ddof).sqrt()
+        """The standard deviation, with ``ddof`` as in `var`; gradient 0 where it is 0, as in torch."""
+        variance = self.var(axis, keepdims, ddof)
+        constant = variance.data == 0
+        return ops.where(constant, 0.0, ops.where(constant, 1.0, variance).sqrt())
 
     def max(self, axis: Axis = None, keepdims: bool = False) -> "Tensor":
         """The largest value over axes; ties share the gradient."""
@@ -287,13 +300,14 @@ class Tensor(Variable):
 
     def transpose(self, first: int, second: int) -> "Tensor":
         """Two axes exchanged."""
+        first, second = _axes("transpose", (first, second), self)
         axes = list(range(self.ndim))
         axes[first], axes[second] = axes[second], axes[first]
         return ops.transpose(self, axes=tuple(axes))
 
     def permute(self, *axes: Any) -> "Tensor":
         """The axes in another order."""
-        return ops.transpose(self, axes=tuple(a % self.ndim for a in _flat(axes)))
+        return ops.transpose(self, axes=_axes("permute", _flat(axes), self))
 
     @property
     def T(self) -> "Tensor":
@@ -311,6 +325,7 @@ class Tensor(Variable):
     def expand(self, *shape: Any) -> "Tensor":
         """Axes of length 1 stretched; -1 keeps a length."""
         wanted = _flat(shape)
+        require(len(wanted) >= self.ndim, "expand", "the shape", f"of at least {self.ndim} axes", f"{wanted}")
         kept = (1,) * (len(wanted) - self.ndim) + self.shape
         return ops.broadcast_to(self, shape=tuple(k if w == -1 else w for w, k in zip(wanted, kept, strict=True)))
 
@@ -320,7 +335,13 @@ class Tensor(Variable):
 
     def gather(self, axis: int, index: Any) -> "Tensor":
         """Pick along one axis: in 2-d with axis 1, ``out[i, j] = self[i, index[i, j]]``."""
-        return ops.gather(self, index=_raw(index), axis=axis)
+        picks = np.asarray(_raw(index))
+        (axis,) = _axes("gather", (axis,), self)
+        fits = picks.ndim == self.ndim and all(
+            i == axis or n == m for i, (n, m) in enumerate(zip(picks.shape, self.shape, strict=True))
+        )
+        require(fits, "gather", "the index", f"of shape {self.shape} but for axis {axis}", picks)
+        return ops.gather(self, index=picks, axis=axis)
 
     def __getitem__(self, index: Any) -> "Tensor":
         parts = index if isinstance(index, tuple) else (index,)
@@ -345,6 +366,21 @@ def _flat(shape: tuple) -> tuple[int, ...]:
     return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else tuple(shape)
 
 
+def _axes(where: str, axes: tuple[int, ...], x: Variable) -> tuple[int, ...]:
+    """Axes counted from the front, or an error if one does not exist."""
+    n = len(x.shape)
+    fits = all(-n <= axis < n for axis in axes)
+    require(fits, where, "every axis", f"in [{-n}, {n})", f"{axes} for shape {x.shape}", error=IndexError)
+    return tuple(axis % n for axis in axes)
+
+
+def _alike(values: Sequence[Any]) -> list["Tensor"]:
+    """All as tensors; constants take the precision of the tensors among them, as in ``tensor + constant``."""
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.dtype.kind == "f"}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return [v if isinstance(v, Tensor) else Tensor(v, dtype=dtype) for v in values]
+
+
 def as_tensor(value: Any) -> Tensor:
     """The value itself if it is a tensor, otherwise a tensor around it."""
     return value if isinstance(value, Tensor) else Tensor(value)
@@ -356,7 +392,7 @@ def matmul(x: Any, y: Any) -> Tensor:
     Shapes: x (..., m, p), y (..., p, n) -> (..., m, n); 1-d arguments lose their extra axis again.
     Raises: ValueError if the inner lengths differ or an argument is 0-d.
     """
-    x, y = as_tensor(x), as_tensor(y)
+    x, y = _alike((x, y))
     if x.ndim == 0 or y.ndim == 0 or x.shape[-1] != y.shape[max(y.ndim - 2, 0)]:
         raise ValueError(
             message("matmul", "the inner lengths", "equal", f"shapes {x.shape} and {y.shape}")
@@ -379,13 +415,15 @@ def cat(tensors: Sequence[Any], axis: int = 0) -> Tensor:
     """Tensors joined along an existing axis."""
     if not tensors:
         raise ValueError("cat: at least one tensor is wanted, got an empty sequence.")
-    parts = [as_tensor(t) for t in tensors]
-    return ops.concatenate(*parts, axis=axis % parts[0].ndim)
+    parts = _alike(tensors)
+    hint = "Use stack() for 0-d tensors."
+    require(parts[0].ndim > 0, "cat", "the tensors", "of at least 1 axis", parts[0], hint)
+    return ops.concatenate(*parts, axis=_axes("cat", (axis,), parts[0])[0])
 
 
 def stack(tensors: Sequence[Any], axis: int = 0) -> Tensor:
     """Tensors of one shape joined along a new axis."""
-    return cat([as_tensor(t).unsqueeze(axis) for t in tensors], axis=axis)
+    return cat([t.unsqueeze(axis) for t in _alike(tensors)], axis=axis)
 
 
 def zeros(*shape: Any, dtype: Any = np.float32, requires_grad: bool = False) -> Tensor:
