@@ -74,7 +74,7 @@ def execute(notebook: Any, folder: Path, *, allow_errors: bool = False, timeout:
     nbclient = optional_import("nbclient", "lessons")
     manager = optional_import("jupyter_client", "lessons").KernelManager(kernel_name="python3")
     spec = manager.kernel_spec
-    spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=50"]
     client = nbclient.NotebookClient(
         notebook, km=manager, timeout=timeout, record_timing=False, allow_errors=allow_errors,
         resources={"metadata": {"path": str(folder)}},
