@@ -1,0 +1,75 @@
+"""The benchmark compares the same model: same weights, same loss, same gradients."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minillm.autograd import grad
+from minillm.cli.benchmark.cases import Case
+from minillm.cli.benchmark.torch_peer import build_decoder
+from minillm.fused.losses import cross_entropy
+from minillm.models import Decoder, DecoderConfig
+
+torch = pytest.importorskip("torch")
+SMALL = Case("small", vocab_size=17, d_model=24, n_layers=2, n_heads=3, d_ff=40, length=9, batch=4, steps=1)
+
+
+def our_twin(peer) -> Decoder:
+    """Our decoder with the peer's weights."""
+    config = DecoderConfig(17, 24, 2, 3, d_ff=40, context=9, rope_pairing="half")
+    model = Decoder(config, np.random.default_rng(0))
+    names = {
+        "attention_norm.weight": "attention_norm.gain",
+        "ffn_norm.weight": "ffn_norm.gain",
+        "qkv.weight": "attention.w_qkv",
+        "out.weight": "attention.w_out",
+        "value_gate.weight": "ffn.w_value_gate",
+        "down.weight": "ffn.w_down",
+        "final_norm.weight": "final_norm.gain",
+    }
+    state = {}
+    for name, tensor in peer.state_dict().items():
+        for theirs, ours in names.items():
+            if name.endswith(theirs):
+                name = name.removesuffix(theirs) + ours
+                break
+        if name not in ("cos", "sin"):
+            state[name] = tensor.numpy()
+    model.load_state_dict(state)
+    return model
+
+
+def test_both_sides_of_the_benchmark_compute_the_same_loss_and_gradients():
+    torch.manual_seed(0)
+    peer = build_decoder(torch, SMALL)
+    model = our_twin(peer)
+    ids = np.random.default_rng(1).integers(17, size=(4, 10))
+    loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+    theirs = torch.nn.functional.cross_entropy(peer(torch.tensor(ids[:, :-1])).reshape(-1, 17), torch.tensor(ids[:, 1:]).reshape(-1))
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    theirs.backward()
+    parameters = dict(model.named_parameters())
+    gradients = dict(zip(parameters, grad(loss, list(parameters.values())), strict=True))
+    for ours, name in (("embedding.weight", "embedding.weight"), ("blocks.1.attention.w_qkv", "blocks.1.qkv.weight"), ("head.weight", "head.weight")):
+        expected = dict(peer.named_parameters())[name].grad.numpy()
+        np.testing.assert_allclose(gradients[ours].data, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_products_of_a_case_cost_what_the_formula_says():
+    """Six FLOPs per weight and token, and attention's two products of all heads, forward and backward."""
+    flops = 3 * sum(2 * n * m * k * j for n, m, k, j in SMALL.products())
+    tokens, d, L = 4 * 9, 24, 9
+    weights = 2 * (4 * d * d + 3 * d * 40) + 17 * d
+    assert flops == 6 * tokens * weights + 3 * 2 * (2 * 2 * tokens * L * d)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["ours", "torch", "floor"])
+def test_a_worker_answers_with_json(side):
+    command = [sys.executable, "-m", "minillm.cli.benchmark.worker", side, "XS", "2"]
+    done = subprocess.run(command, input="1\n2\n", capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 2 and all(a["seconds"] > 0 for a in answers)
