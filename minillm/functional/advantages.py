@@ -31,7 +31,7 @@ def _rewards(where: str, rewards: Any) -> np.ndarray:
     return array
 
 
-def group_baseline(rewards: Real[Array, "*P G"]) -> Groups:
+def group_baseline(rewards: Real[Array, "*P G"]) -> Float[np.ndarray, "*P 1"]:
     r"""The mean reward of every group: an estimate of the prompt's value.
 
     Equation: `group-baseline` $b=\frac1G\sum_ir_i$

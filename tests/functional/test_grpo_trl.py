@@ -150,7 +150,7 @@ def test_the_entropy_bonus_equals_trls_when_both_are_token_means(seed):
 @settings(max_examples=25)
 def test_rloo_with_whole_response_ratios_equals_trls_rloo_trainer(seed):
     logprobs, data, _ = draw(seed)
-    data["mask"][0, 0] = True  # TRL counts -A for an empty response, a constant; ours counts 0
+    data["mask"][:, 0] = True  # TRL counts -A for an empty response, a constant; ours counts 0
     rewards = np.random.default_rng(seed).normal(size=(2, 4))
     data["advantages"] = rloo_advantage(rewards).reshape(-1)
     theirs = trl_losses.rloo(logprobs, **data)
