@@ -1,0 +1,165 @@
+"""Ahead-of-time compilation: what the compiler makes of a kernel, read without any GPU.
+
+Triton's compiler and its bundled assembler and disassemblers run on any Linux machine. A `Build` says how a
+kernel would be launched (types, alignment, constants, warps); `compile_build` returns what came out.
+This module must run in a process without TRITON_INTERPRET: an interpreted function cannot be compiled.
+"""
+
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import sass
+from kernels.sass import MemoryCounts
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """How one parameter of a kernel arrives: its type, whether it is divisible by 16, or its constant value."""
+
+    kind: str
+    aligned: bool = False
+    value: Any = None
+
+
+def pointer(dtype: str, aligned: bool = True) -> Argument:
+    """A pointer to elements of ``dtype`` (Triton's name: fp32, bf16, ...), at a multiple of 16 bytes or not."""
+    return Argument("*" + dtype, aligned)
+
+
+def integer(aligned: bool, wide: bool = False) -> Argument:
+    """A size or stride, divisible by 16 or not, of 32 bits or (``wide``) 64."""
+    return Argument("i64" if wide else "i32", aligned)
+
+
+def real() -> Argument:
+    """A float parameter."""
+    return Argument("fp32")
+
+
+def constant(value: Any) -> Argument:
+    """A compile-time constant; None for an absent tensor, 1 for a unit stride."""
+    return Argument("constexpr", value=value)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel at one configuration, and what is expected of the result.
+
+    ``expected_bytes`` is what one program moves in 16-byte pieces, (read, written), as `traffic.py` of the
+    family predicts; None where nothing may move in 16-byte pieces (unaligned builds).
+    """
+
+    function: Any
+    config: str
+    arguments: Mapping[str, Argument]
+    warps: int
+    stages: int = 1
+    expected_bytes: tuple[int, int] | None = None
+    aligned: bool = True
+
+    @property
+    def kernel(self) -> str:
+        """The kernel's name."""
+        return self.function.fn.__name__
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the assembler reported and the disassembly shows for one build on one target."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    tensor_core: int
+    atomics: int
+    doubles: int
+    memory: MemoryCounts
+    threads: int
+    assembly: str = field(repr=False)
+
+    @property
+    def bytes_16(self) -> tuple[int, int]:
+        """Bytes that one program reads and writes in 16-byte pieces, every instruction counted once."""
+        return self.memory.reads[128] * 16 * self.threads, self.memory.writes[128] * 16 * self.threads
+
+
+def compile_build(build: Build, target: str) -> Compiled:
+    """Compile one build for one target and read the result."""
+    if not isinstance(build.function, triton.JITFunction):
+        raise RuntimeError(
+            "kernels.aot: ahead-of-time compilation needs a process without TRITON_INTERPRET. "
+            "Unset it, or use `python -m kernels compile`, which does."
+        )
+    names = list(build.arguments)
+    assert names == build.function.arg_names, f"{build.kernel} takes {build.function.arg_names}, got {names}"
+    source = ASTSource(
+        fn=build.function,
+        signature={name: argument.kind for name, argument in build.arguments.items()},
+        constexprs={name: a.value for name, a in build.arguments.items() if a.kind == "constexpr"},
+        attrs={(i,): [["tt.divisibility", 16]] for i, a in enumerate(build.arguments.values()) if a.aligned},
+    )
+    options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
+    machine = TARGETS[target]
+    compiled = triton.compile(source, target=machine, options=options)
+    threads = compiled.metadata.num_warps * machine.warp_size
+    if machine.backend == "hip":
+        return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared, threads)
+    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared, threads)
+
+
+def _tool(name: str) -> str:
+    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def assembler_version() -> str:
+    """The version of the assembler in use (TRITON_PTXAS_PATH overrides the bundled one)."""
+    return sass.version_of(_run(os.environ.get("TRITON_PTXAS_PATH") or _tool("ptxas"), "--version"))
+
+
+def _read_cubin(cubin: bytes, shared: int, threads: int) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = sass.resource_usage(_run(_tool("cuobjdump"), "--dump-resource-usage", str(path)))
+        listing = _run(_tool("nvdisasm"), "-c", str(path))
+    counts = sass.count_cuda(listing)
+    return Compiled(
+        registers=usage["REG"], stack=usage["STACK"] + usage.get("LOCAL", 0), spills=counts.spills, shared=shared,
+        tensor_core=counts.tensor_core, atomics=counts.atomics, doubles=counts.doubles, memory=counts.memory,
+        threads=threads, assembly=listing,
+    )  # fmt: skip
+
+
+def _read_amdgcn(listing: str, shared: int, threads: int) -> Compiled:
+    counts = sass.count_amd(listing)
+    return Compiled(
+        registers=sass.directive(listing, "vgpr_count"),
+        stack=sass.directive(listing, "private_segment_fixed_size"),
+        spills=sass.directive(listing, "vgpr_spill_count") + sass.directive(listing, "sgpr_spill_count"),
+        shared=shared, tensor_core=counts.tensor_core, atomics=counts.atomics, doubles=counts.doubles,
+        memory=counts.memory, threads=threads, assembly=listing,
+    )  # fmt: skip

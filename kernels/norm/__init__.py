@@ -1,0 +1,1 @@
+"""RMSNorm, LayerNorm and both fused with the residual addition, forward and backward."""

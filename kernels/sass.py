@@ -1,0 +1,100 @@
+"""Reading assembly: what instructions a compiled kernel holds, counted from text. Pure functions, no tools."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class MemoryCounts:
+    """How many global-memory instructions there are, by width in bits."""
+
+    reads: Counter = field(default_factory=Counter)
+    writes: Counter = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Instructions of interest in one listing."""
+
+    memory: MemoryCounts
+    spills: int
+    tensor_core: int
+    atomics: int
+    doubles: int
+
+
+_CUDA_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_AMD_INSTRUCTION = re.compile(r"^\s+([a-z]\w+)", re.MULTILINE)
+
+
+def _cuda_width(opcode: str) -> int:
+    """Bits per thread of a load or store: 32 unless the opcode says otherwise."""
+    for part in opcode.split(".")[1:]:
+        if part in ("64", "128", "256"):
+            return int(part)
+        if part in ("U8", "S8"):
+            return 8
+        if part in ("U16", "S16"):
+            return 16
+    return 32
+
+
+def count_cuda(listing: str) -> Counts:
+    """Count a listing of nvdisasm.
+
+    LDGSTS copies global memory straight to shared memory (asynchronously) and counts as a read. STL and LDL
+    are spills: local memory is used for nothing else in these kernels.
+    """
+    opcodes = _CUDA_INSTRUCTION.findall(listing)
+    base = [opcode.split(".")[0] for opcode in opcodes]
+    reads = Counter(_cuda_width(o) for o, b in zip(opcodes, base, strict=True) if b in ("LDG", "LDGSTS"))
+    writes = Counter(_cuda_width(o) for o, b in zip(opcodes, base, strict=True) if b == "STG")
+    return Counts(
+        MemoryCounts(reads, writes),
+        spills=sum(b in ("STL", "LDL") for b in base),
+        tensor_core=sum(b in ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA") for b in base),
+        atomics=sum(b in ("ATOM", "ATOMG", "RED", "REDG") for b in base),
+        doubles=sum(b in ("DADD", "DMUL", "DFMA", "DSETP") for b in base),
+    )
+
+
+_AMD_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8}
+
+
+def _amd_width(opcode: str) -> int:
+    parts = opcode.split("_")
+    return next((bits for name, bits in _AMD_WIDTHS.items() if name in parts), 16)
+
+
+def count_amd(listing: str) -> Counts:
+    """Count an amdgcn listing; spills come from its directives instead (see `directive`)."""
+    opcodes = _AMD_INSTRUCTION.findall(listing)
+    memory = [o for o in opcodes if o.startswith(("global_", "buffer_")) and ("load" in o or "store" in o)]
+    return Counts(
+        MemoryCounts(
+            Counter(_amd_width(o) for o in memory if "load" in o),
+            Counter(_amd_width(o) for o in memory if "store" in o),
+        ),
+        spills=0,
+        tensor_core=sum(o.startswith(("v_mfma", "v_smfmac")) for o in opcodes),
+        atomics=sum("atomic" in o for o in opcodes),
+        doubles=sum(o.startswith("v_") and "_f64" in o and "_f64_i" not in o for o in opcodes),
+    )
+
+
+def directive(listing: str, name: str) -> int:
+    """The number an amdgcn listing states in its metadata, as `.vgpr_count: 24`; 0 where it is silent."""
+    found = re.search(rf"^\s*\.{name}:\s*(\d+)", listing, re.MULTILINE)
+    return int(found.group(1)) if found else 0
+
+
+def resource_usage(text: str) -> dict[str, int]:
+    """The fields of `cuobjdump --dump-resource-usage`: REG, STACK, SHARED, LOCAL, ..."""
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
+
+
+def version_of(text: str) -> str:
+    """The version in the text of `ptxas --version`."""
+    found = re.search(r"V(\d+\.\d+\.\d+)", text) or re.search(r"release (\d+\.\d+)", text)
+    return found.group(1) if found else "unknown"
