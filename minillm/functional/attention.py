@@ -22,6 +22,11 @@ def causal_mask(L_q: int, L_k: int | None = None) -> Bool[np.ndarray, "L_q L_k"]
     return np.tril(np.ones((L_q, L_k), dtype=bool), k=L_k - L_q)
 
 
+def _example_scores(rng):
+    L_q, L_k = [(3, 3), (1, 4), (2, 1)][rng.integers(3)]
+    return (rng.normal(size=(2, 2, L_q, 3)), rng.normal(size=(2, 2, L_k, 3))), {}
+
+
 def check_attention(q, k, v) -> int:
     """Refuse queries, keys and values that do not belong together; return query heads per key head."""
     name = "scaled_dot_product_attention"
@@ -33,6 +38,7 @@ def check_attention(q, k, v) -> int:
     return q.shape[1] // k.shape[1]
 
 
+@written("repeat_heads", example=lambda rng: ((rng.normal(size=(2, 2, 3, 2)), int(rng.integers(1, 4))), {}))
 def repeat_heads(x: Tensor, times: int) -> Tensor:
     """Give every query head its key/value head: head h reads group h // times."""
     if times == 1:
@@ -41,6 +47,7 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
     return x.unsqueeze(2).expand(B, H_kv, times, L, d).reshape(B, H_kv * times, L, d)
 
 
+@written("scaled_scores", example=_example_scores)
 def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
     r"""Scaled inner products of queries and keys.
 

@@ -102,7 +102,10 @@ def sequence_mean_ratio(
     return (log_ratio.sum(-1) / lengths).exp()
 
 
-def masked_log_ratio(logprobs: Array, old_logprobs: Array, mask: Any, where_: str) -> Tensor:
+@written("masked_log_ratio", example=_example_sequence)
+def masked_log_ratio(
+    logprobs: Array, old_logprobs: Array, mask: Any, where_: str = "masked_log_ratio"
+) -> Tensor:
     """Log-ratios with 0 at dropped tokens, whatever these hold."""
     current = as_tensor(logprobs)
     keep = kept_positions(mask, current.shape, where_)

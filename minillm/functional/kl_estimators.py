@@ -45,7 +45,7 @@ def kl_estimator_k1(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B
     Source: deepseek (RLHF); notes §10.5; lecture06 (drift penalty).
     Differs: not a differentiable estimate: put it into the reward (erratum 5).
     """
-    return as_tensor(logprobs) - as_tensor(ref_logprobs)
+    return ops.subtract(logprobs, ref_logprobs)
 
 
 @written("kl_estimator_k2", example=_example)
@@ -57,7 +57,7 @@ def kl_estimator_k2(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B
     Shapes: log-probs of the sampled tokens (...), twice -> (...)
     Source: completes the three; Schulman 2020.
     """
-    gap = as_tensor(logprobs) - as_tensor(ref_logprobs)
+    gap = ops.subtract(logprobs, ref_logprobs)
     return gap * gap * 0.5
 
 
@@ -70,7 +70,7 @@ def kl_estimator_k3(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B
     Source: deepseek (GRPO, KL estimate); Schulman 2020.
     Differs: the slide has the ratio upside down (erratum 6).
     """
-    d = as_tensor(ref_logprobs) - as_tensor(logprobs)
+    d = ops.subtract(ref_logprobs, logprobs)
     return ops.expm1(d) - d
 
 

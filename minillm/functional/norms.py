@@ -116,6 +116,12 @@ def split_mean_shift(
     return b + mean * w.sum(-1), (y - mean) @ w.T
 
 
+def _example_block(rng):
+    (x, g), _ = _example(rng)
+    return (x, lambda t: t * t, g), {}
+
+
+@written("pre_norm_residual", example=_example_block)
 def pre_norm_residual(x: Tensor, branch: Callable[[Tensor], Tensor], g: Tensor, eps: float = 1e-6) -> Tensor:
     r"""A residual block that normalises what its branch reads.
 
@@ -127,6 +133,7 @@ def pre_norm_residual(x: Tensor, branch: Callable[[Tensor], Tensor], g: Tensor, 
     return x + branch(rms_norm(x, g, eps))
 
 
+@written("post_norm_residual", example=_example_block)
 def post_norm_residual(x: Tensor, branch: Callable[[Tensor], Tensor], g: Tensor, eps: float = 1e-6) -> Tensor:
     r"""A residual block that normalises the sum.
 

@@ -266,4 +266,4 @@ def grpo_kl_objective(
     ratio = sequence_ratio(current, old_logprobs, keep)  # (B,)
     reference = frozen_where(keep, ref_logprobs, "grpo_kl_objective", "ref_logprobs").sum(-1)
     penalty = kl_estimate(current.sum(-1), reference, kl)  # (B,)
-    return (ratio * a - ratio * penalty * beta).mean()
+    return (ratio * a - ratio * penalty * beta).sum() * (1.0 / max(len(a), 1))

@@ -68,6 +68,7 @@ def log_softmax(z: Float[Tensor, "*B n"]) -> Float[Tensor, "*B n"]:
     return z - logsumexp(z).unsqueeze(-1)
 
 
+@written("softmax_jacobian", example=_example)
 def softmax_jacobian(p: Float[Tensor, "*B n"]) -> Float[Tensor, "*B n n"]:
     r"""The matrix of derivatives of softmax, from its value.
 

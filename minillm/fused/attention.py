@@ -46,6 +46,7 @@ def rotary_attention(
     """
     d_head = check_rotary(qkv, angles, H, H_kv, pairing)
     B, L, _ = qkv.shape
+    qkv = np.ascontiguousarray(qkv)  # pairs are read as complex numbers, which must be whole in memory
     turn = _Turn(angles, qkv.dtype, H, H_kv, d_head, pairing)
     qk = turn.forward(qkv)  # (B, L, H + H_kv, d_head), queries scaled
     value = qkv.reshape(B, L, H + 2 * H_kv, d_head)[:, :, H + H_kv :]
@@ -94,7 +95,8 @@ class _Turn:
         out = scratch.empty((B, L, heads, self.d_head), qkv.dtype)
         joint = qkv[:, :, : heads * self.d_head]
         if self.pairing == "interleaved":
-            np.multiply(joint.view(self.complex), self.factor, out=out.reshape(B, L, -1).view(self.complex))
+            flat = out.reshape(B, L, heads * self.d_head)
+            np.multiply(joint.view(self.complex), self.factor, out=flat.view(self.complex))
             return out
         rotate(joint.reshape(out.shape), self.cos[:, None], self.sin[:, None], "half", out)
         out[:, :, : self.H] *= self.scale
@@ -104,8 +106,9 @@ class _Turn:
         """Write the gradient of the unrotated queries and keys into the front of ``dqkv``."""
         B, L, heads, _ = dqk.shape
         if self.pairing == "interleaved":
-            target = dqkv.reshape(B, L, -1)[:, :, : heads * self.d_head].view(self.complex)
-            np.multiply(dqk.reshape(B, L, -1).view(self.complex), self.factor.conj(), out=target)
+            width = heads * self.d_head
+            target = dqkv.reshape(B, L, dqkv.shape[2] * self.d_head)[:, :, :width].view(self.complex)
+            np.multiply(dqk.reshape(B, L, width).view(self.complex), self.factor.conj(), out=target)
             return
         rotate(dqk, self.cos[:, None], -self.sin[:, None], "half", dqkv[:, :, :heads])
         dqkv[:, :, : self.H] *= self.scale
