@@ -135,7 +135,7 @@ def dead_groups(rewards: Real[Array, "*P G"], tolerance: float = SAME_REWARD) ->
     Differs: equal up to a tolerance, so that 0.1 + 0.2 counts as 0.3.
     """
     r = _rewards("dead_groups", rewards)
-    return r.max(-1) - r.min(-1) <= tolerance
+    return np.asarray(r.max(-1) - r.min(-1) <= tolerance)
 
 
 def expected_dead_share(p: float, group_size: int) -> float:

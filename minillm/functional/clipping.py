@@ -238,4 +238,4 @@ def dual_clip_term(
     _, high = clip_range("dual_clip_term", clip_low, clip_high)
     require(dual_clip > high, "dual_clip_term", "dual_clip", f"above the upper clip bound {high}", dual_clip)
     term, a = clip_term(ratio, advantages, clip_low, clip_high), frozen(advantages)
-    return ops.maximum(term, np.where(a < 0, dual_clip * np.minimum(a, 0), -np.inf))
+    return ops.maximum(term, np.where(a < 0, dual_clip * np.where(a < 0, a, -1), -np.inf))

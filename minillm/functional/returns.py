@@ -86,7 +86,8 @@ def return_split(rewards: Real[Array, "*B T"], t: int, gamma: float = 1.0) -> tu
     r = _steps("return_split", "rewards", rewards)
     require(0 <= t < r.shape[-1], "return_split", "t", f"in [0, {r.shape[-1]})", t)
     weighted = r * gamma ** np.arange(r.shape[-1])
-    return weighted[..., :t].sum(-1), gamma**t * return_discounted(r[..., t:], gamma)[..., 0]
+    future = gamma**t * return_discounted(r[..., t:], gamma)[..., 0]
+    return np.asarray(weighted[..., :t].sum(-1)), np.asarray(future)
 
 
 def td_residual(
