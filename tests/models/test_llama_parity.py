@@ -121,7 +121,7 @@ def test_a_trained_step_of_ours_runs_in_theirs():
 
 @pytest.mark.equation("pos-rope")
 def test_the_other_rotary_pairing_is_another_function():
-    theirs, ours = pair_of_models()
+    _, ours = pair_of_models()
     config = {**ours.config.to_dict(), "rope_pairing": "interleaved"}
     other = Decoder(type(ours.config)(**config), np.random.default_rng(0))
     other.load_state_dict(ours.state_dict())
