@@ -104,8 +104,8 @@ minimum = primitive(
 logaddexp = primitive(
     "logaddexp",
     np.logaddexp,
-    lambda g, out, x, y: g * exp(x - out),
-    lambda g, out, x, y: g * exp(y - out),
+    lambda g, out, x, y: g * sigmoid(x - y),
+    lambda g, out, x, y: g * sigmoid(y - x),
     broadcasts=True,
     example=_pair(),
     doc=r"$\log(e^x+e^y)$ without overflow",
