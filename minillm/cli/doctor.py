@@ -15,7 +15,7 @@ import minillm
 from minillm.cli.output import print_json, print_table
 
 DISTRIBUTION = "minillm-from-scratch"
-OUR_FAMILY = Path("norm") / "kernel.py"  # what our `kernels` package has and the other one of that name has not
+OUR_MARK = "MINILLM_KERNELS"  # stands in the first file of our `kernels` package and of no other
 
 # Extra -> its packages, and what is off without one of them. The core has no use without its packages.
 WITHOUT = {
@@ -157,7 +157,8 @@ def kernels_row() -> dict:
     if spec is None or not spec.submodule_search_locations:
         return row("kernels", None, "missing", "off: `python -m kernels`; the package lies beside minillm")
     found = Path(next(iter(spec.submodule_search_locations)))
-    if not (found / OUR_FAMILY).is_file():
+    first = found / "__init__.py"
+    if not first.is_file() or OUR_MARK not in first.read_text(encoding="utf-8"):
         note = f"{found} is another package of that name. Use an environment of its own"
         return row("kernels", version_of("kernels"), "problem", note)
     if version_of("kernels") is not None:
