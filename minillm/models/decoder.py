@@ -34,6 +34,7 @@ class DecoderConfig:
     rope_base: float = 10_000.0
     rope_pairing: str = "interleaved"
     norm_eps: float = 1e-5
+    init_std: float = INIT_STD
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
@@ -52,6 +53,7 @@ class DecoderConfig:
         require(self.n_heads % self.n_kv_heads == 0, "DecoderConfig", "n_kv_heads", f"a divisor of n_heads = {self.n_heads}", self.n_kv_heads)  # type: ignore[operator]
         require_one_of(self.rope_pairing, PAIRINGS, "DecoderConfig", "rope_pairing")
         require_positive(self.norm_eps, "DecoderConfig", "norm_eps")
+        require_positive(self.init_std, "DecoderConfig", "init_std")
         require(self.rope_base > 1, "DecoderConfig", "rope_base", "above 1", self.rope_base)
 
     @property
@@ -71,13 +73,13 @@ class Block(Module):
     """
 
     def __init__(self, config: DecoderConfig, rng: np.random.Generator):
-        std_out = INIT_STD / np.sqrt(2 * config.n_layers)
+        std, std_out = config.init_std, config.init_std / np.sqrt(2 * config.n_layers)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = CausalSelfAttention(
-            config.d_model, config.n_heads, config.n_kv_heads or config.n_heads, config.rope_pairing, rng, std_out
+            config.d_model, config.n_heads, config.n_kv_heads or config.n_heads, config.rope_pairing, rng, std, std_out
         )
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = SwiGLU(config.d_model, config.d_ff or 0, rng, std_out)
+        self.ffn = SwiGLU(config.d_model, config.d_ff or 0, rng, std, std_out)
 
 
 class Decoder(Module):
@@ -86,7 +88,7 @@ class Decoder(Module):
     Equation: `lm-head` $\mathrm{logits}=\mathbf H\mathbf W_{\rm out}$
     Equation: `weight-tying` tied: $\mathbf W_{\rm out}=\mathbf W_{\rm emb}^\top$
     Equation: `final-ln` $\mathbf h=\mathrm{RMSNorm}(\mathbf x^{(N_{\rm layer})})$ before the head
-    Equation: `init-schemes` std 0.02; residual output maps times $1/\sqrt{2N_{\rm layer}}$
+    Equation: `init-schemes` std ``init_std``; residual output maps times $1/\sqrt{2N_{\rm layer}}$
     Shapes: ids (B, L) -> logits (B, L, V)
     Raises: ValueError for ids that are not (B, L) or longer than the context, IndexError for ids outside [0, V).
     Source: bridging §1; lecture06 (the LLaMA slides); Touvron et al. 2023.
@@ -95,10 +97,10 @@ class Decoder(Module):
 
     def __init__(self, config: DecoderConfig, rng: np.random.Generator):
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.d_model, rng)
+        self.embedding = Embedding(config.vocab_size, config.d_model, rng, config.init_std)
         self.blocks = [Block(config, rng) for _ in range(config.n_layers)]
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng)
+        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng, config.init_std)
         self._angles = rotation_angles(np.arange(config.context), config.d_head, config.rope_base)
 
     def forward(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:

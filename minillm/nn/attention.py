@@ -21,11 +21,18 @@ class CausalSelfAttention(Module):
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, n_kv_heads: int, pairing: str, rng: np.random.Generator, std_out: float = INIT_STD
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        pairing: str,
+        rng: np.random.Generator,
+        std: float = INIT_STD,
+        std_out: float = INIT_STD,
     ):
         self.n_heads, self.n_kv_heads, self.pairing = n_heads, n_kv_heads, pairing
         d_head = d_model // n_heads
-        self.w_qkv = parameter(rng.normal(0.0, INIT_STD, size=((n_heads + 2 * n_kv_heads) * d_head, d_model)))
+        self.w_qkv = parameter(rng.normal(0.0, std, size=((n_heads + 2 * n_kv_heads) * d_head, d_model)))
         self.w_out = parameter(rng.normal(0.0, std_out, size=(d_model, d_model)))
 
     def forward(self, x: Tensor, angles: np.ndarray, cache: KVCache | None = None, layer: int = 0) -> Tensor:

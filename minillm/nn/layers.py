@@ -1,8 +1,8 @@
 r"""The plain layers of a decoder: linear, embedding, RMSNorm, SwiGLU.
 
-Weights are stored (d_out, d_in), as in torch and in checkpoints. The initial spread is the normal one of the field:
-standard deviation 0.02, and for maps that write into the residual stream $0.02/\sqrt{2N_{\rm layer}}$, so that the sum
-of $2N_{\rm layer}$ branches keeps its size.
+Weights are stored (d_out, d_in), as in torch and in checkpoints. The initial standard deviation is 0.02 unless the
+model says otherwise (narrow models learn faster from about $1/\sqrt{d_{\rm model}}$), and for maps that write into the
+residual stream it is divided by $\sqrt{2N_{\rm layer}}$, so that the sum of $2N_{\rm layer}$ branches keeps its size.
 """
 
 import numpy as np
@@ -71,8 +71,10 @@ class SwiGLU(Module):
     Source: lecture06 (SwiGLU); notes §8.7.
     """
 
-    def __init__(self, d_model: int, d_ff: int, rng: np.random.Generator, std_out: float = INIT_STD):
-        self.w_value_gate = parameter(rng.normal(0.0, INIT_STD, size=(2 * d_ff, d_model)))
+    def __init__(
+        self, d_model: int, d_ff: int, rng: np.random.Generator, std: float = INIT_STD, std_out: float = INIT_STD
+    ):
+        self.w_value_gate = parameter(rng.normal(0.0, std, size=(2 * d_ff, d_model)))
         self.w_down = parameter(rng.normal(0.0, std_out, size=(d_model, d_ff)))
 
     def forward(self, x: Tensor) -> Tensor:
