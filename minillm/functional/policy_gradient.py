@@ -42,6 +42,7 @@ def _example_rewards(rng):
 def softmax_scores(logits: Float[Tensor, "*B n"]) -> Float[Tensor, "*B n n"]:
     r"""The score of every action of a softmax policy: the gradient of its log-probability by the logits.
 
+    Equation: `log-derivative-trick` $\nabla p_\theta=p_\theta\nabla\log p_\theta$
     Equation: `score-function-zero-mean`
         $\mathbb E_{a\sim\pi_\theta}[\nabla_\theta\log\pi_\theta(a\mid s)]=0$, with
         $\nabla_z\log\pi(a)=e_a-\pi$
@@ -107,6 +108,8 @@ def reinforce_to_go_loss(
 
     Equation: `reinforce-to-go` $\nabla J=\mathbb E_\tau\big[\sum_t\gamma^t\nabla\log\pi_\theta(a_t\mid
         s_t)\,G_t\big]$
+    Equation: `baseline-invariance` $\mathbb E[\nabla\log\pi(a\mid s)\,b(s)]=0$, so ``baselines`` change no
+        mean
     Equation: `pg-q-form` the same with $Q^\pi(s_t,a_t)=\mathbb E[G_t\mid s_t,a_t]$ in place of $G_t$
     Shapes: logprobs, rewards, mask (B, T), baselines (B, T) per state -> scalar, minus the objective's
         surrogate

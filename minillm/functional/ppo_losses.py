@@ -67,6 +67,8 @@ def ppo_clip_objective(
 
     Equation: `ppo-clip` $\mathbb E[\min(\rho_t\hat A_t,\mathrm{clip}(\rho_t,1-\varepsilon,1+\varepsilon)\hat
         A_t)]$
+    Equation: `ppo-degenerate` $\pi_{\rm old}=\pi_\theta$: the clip is idle and the gradient is the policy
+        gradient
     Shapes: logprobs, old_logprobs, mask (B, T), advantages (B, T) or (B,) -> scalar
     Raises: ValueError if the shapes do not match or for an unknown reduction.
     Source: lecture06; notes §10.6; bridging §2.2.
@@ -98,9 +100,7 @@ def ppo_lm_loss(
     Differs: the documents weigh lengths differently (erratum 77); the old policy is not the reference
         (erratum 76).
     """
-    return -ppo_clip_objective(
-        logprobs, old_logprobs, advantages, mask, clip_low, clip_high, reduction, **options
-    )
+    return -ppo_clip_objective(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, reduction, **options)
 
 
 @written("entropy_bonus", example=_example_logits)

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.autograd import Tensor
 from minillm.functional import advantages as adv
+from minillm.functional.softmax import softmax
 from tests.oracles import tiny_policies as law
 
 seeds = st.integers(0, 2**32 - 1)
@@ -32,6 +34,15 @@ def test_the_lectures_two_actions():
     assert advantages == pytest.approx([0.3, -0.4]) and policy @ advantages == pytest.approx(0, abs=1e-15)
     seven = np.repeat(q, [4, 3])  # seven samples in those shares: the group mean is that baseline
     np.testing.assert_allclose(adv.grpo_advantage_mean(seven), np.repeat([0.3, -0.4], [4, 3]))
+
+
+@pytest.mark.equation("wn-reward-example", "wn-bt-sigmoid")
+def test_the_lectures_two_rewards_as_a_preference():
+    better, worse = Tensor(np.array(8.0)), Tensor(np.array(1.2))
+    preference = (better - worse).sigmoid()
+    assert preference.item() == pytest.approx(0.99888746, abs=5e-9)
+    assert -preference.log().item() == pytest.approx(0.00111316, abs=5e-9)
+    assert softmax(Tensor(np.array([8.0, 1.2]))).data[0] == pytest.approx(preference.item(), abs=1e-15)
 
 
 @pytest.mark.equation("group-stats", "wn-noisy-ratings", "wn-ranking")
