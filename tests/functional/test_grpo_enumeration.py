@@ -162,7 +162,7 @@ def test_which_group_advantages_are_unbiased(kind):
         np.testing.assert_allclose(gradient, true * {"mean": 2 / 3, "rloo": 1}[kind], atol=1e-14)
 
 
-@pytest.mark.equation("grpo-loss", "grpo-group-per-prompt")
+@pytest.mark.equation("grpo-loss", "grpo-advantage-std")
 def test_the_whole_loss_over_all_groups_equals_enumeration():
     """Old policy, current policy and reference differ; groups of two; clip, KL and standardised advantages."""
     logits, old, reference, _ = problem(SMALL, seed=3)

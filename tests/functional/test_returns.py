@@ -110,7 +110,7 @@ def test_a_truncated_episode_bootstraps_and_a_terminated_one_does_not():
         ret.gae(rewards, values, truncated=cut)
 
 
-@pytest.mark.equation("gae-recursion", "agentic-masking")
+@pytest.mark.equation("gae-recursion")
 @given(seed=seeds, gamma=factors, lam=factors)
 @settings(max_examples=40)
 def test_masked_steps_are_skipped_wherever_they_stand(seed, gamma, lam):
