@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -75,20 +76,18 @@ class BatchThreads:
         ``loss_of_share(*arrays)`` must divide by a count of the whole batch, not of its share, so that the shares
         of loss and gradient add up.
         """
-        shares = split_batch(batch, 1 if self._pool is None else self.threads)
-        futures = [
-            self._pool.submit(self._one_share, loss_of_share, parameters, share) for share in shares[1:]
-        ] if self._pool is not None else []
-        results = [self._one_share(loss_of_share, parameters, shares[0])] + [future.result() for future in futures]
+        results = self.map(lambda *share: loss_and_gradients(loss_of_share(*share), parameters), *batch)
         return sum(loss for loss, _ in results), [gradients for _, gradients in results]
 
-    @staticmethod
-    def _one_share(loss_of_share: LossFunction, parameters: Sequence[Tensor], share: Sequence[np.ndarray]):
-        return loss_and_gradients(loss_of_share(*share), parameters)
+    def map(self, function: Callable, *batch: np.ndarray) -> list:
+        """What a function returns for every thread's share of a batch, in the order of the shares."""
+        shares = split_batch(batch, 1 if self._pool is None else self.threads)
+        futures = [] if self._pool is None else [self._pool.submit(function, *share) for share in shares[1:]]
+        return [function(*shares[0])] + [future.result() for future in futures]
 
 
 def split_batch(batch: Sequence[np.ndarray], n: int) -> list[list[np.ndarray]]:
     """Cut every array of a batch into up to n runs of sequences of nearly equal count."""
     n = max(1, min(n, len(batch[0])))
     edges = np.linspace(0, len(batch[0]), n + 1).astype(int)
-    return [[a[i:j] for a in batch] for i, j in zip(edges[:-1], edges[1:], strict=True)]
+    return [[a[i:j] for a in batch] for i, j in pairwise(edges)]
