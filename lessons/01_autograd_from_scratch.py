@@ -154,13 +154,21 @@ turns = {"square": 1, "+": 2, "tanh": 3, "wx": 4}
 figure, axes = plt.subplots(figsize=(8, 2.8))
 for start, stop in arrows:
     axes.annotate(
-        "", xy=names[stop], xytext=names[start],
+        "",
+        xy=names[stop],
+        xytext=names[start],
         arrowprops={"arrowstyle": "-|>", "color": "#666666", "shrinkA": 21, "shrinkB": 21, "lw": 1.6},
     )
 for name, (left, up) in names.items():
     leaf = name in "wx" and len(name) == 1
     axes.text(
-        left, up, name, ha="center", va="center", fontsize=12, color="white",
+        left,
+        up,
+        name,
+        ha="center",
+        va="center",
+        fontsize=12,
+        color="white",
         bbox={"boxstyle": "round,pad=0.45", "color": GREEN if leaf else BLUE},
     )
     if name in turns:

@@ -99,7 +99,8 @@ axes[0].set_yticklabels(words[:-1])
 axes[0].set_ylabel("query: who looks")
 figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
 plt.show()
-print("rows sum to one:", np.allclose(weights.data.sum(-1), 1), "; the first word sees only itself:", weights.data[0, 0, 0, 0])
+print("rows sum to one:", np.allclose(weights.data.sum(-1), 1))
+print("the first word sees only itself, with weight", weights.data[0, 0, 0, 0])
 
 # %% [markdown]
 # **Feed-forward.** A gated unit: one map gives a value and a gate, $\mathrm{SiLU}(\text{gate})$ decides how much of the
@@ -188,7 +189,9 @@ figure, axes = plt.subplots(figsize=(8, 3.2))
 axes.semilogx(rates, changes, "o-", color=BLUE, label="measured")
 axes.semilogx(rates, -rates * squared, color=VERMILION, linestyle="--", label="promised by the gradient")
 axes.axhline(0, color="#888888", linewidth=1)
-axes.set(xlabel="step size", ylabel="change of the loss", title="The promise of a gradient holds near by", ylim=(-2.6, 2.6))
+axes.set(
+    xlabel="step size", ylabel="change of the loss", title="The promise of a gradient holds near by", ylim=(-2.6, 2.6)
+)
 axes.legend()
 plt.show()
 print(f"at 0.001 the promise is kept to {abs(changes[0] / (-rates[0] * squared) - 1):.1%}")

@@ -72,10 +72,10 @@ print("rewards of 130<eos>, 120<eos>, 1300:", task.verify(problem.repeat(3, axis
 # makes the teacher's mistakes. The knowledge is there; the behaviour is not.
 
 # %%
-SFT_STEPS, UPDATES, PROMPTS, GROUP = 600, 60, 16, 8
+SFT_STEPS, UPDATES, PROMPTS, GROUP = 500, 60, 16, 8
 
 
-def accuracy(model, rng, n=1000, **how):
+def accuracy(model, rng, n=500, **how):
     """Share of held-out problems answered right."""
     problems = task.problems(rng, n, "held_out")
     answers = generate(model, task.prompt_ids(problems), task.answer_length, rng, eos_id=task.eos_id, **how)
@@ -131,8 +131,21 @@ image = axes.imshow(advantages, cmap="PuOr", vmin=-2.6, vmax=2.6, aspect="auto")
 for row in range(6):
     for column in range(GROUP):
         said = "".join(str(t) for t in answers.tokens.reshape(6, GROUP, -1)[row, column][:3][::-1])
-        axes.text(column, row, said, ha="center", va="center", fontsize=10, color="white" if advantages[row, column] > 1.8 else "black")
-axes.set(xticks=range(GROUP), yticks=range(6), xlabel="answer in the group", title="Six groups: what was said, coloured by its advantage")
+        axes.text(
+            column,
+            row,
+            said,
+            ha="center",
+            va="center",
+            fontsize=10,
+            color="white" if advantages[row, column] > 1.8 else "black",
+        )
+axes.set(
+    xticks=range(GROUP),
+    yticks=range(6),
+    xlabel="answer in the group",
+    title="Six groups: what was said, coloured by its advantage",
+)
 axes.set_yticklabels([f"{a} + {b}" for a, b in problems])
 axes.grid(False)
 figure.colorbar(image, label="advantage")
@@ -185,9 +198,7 @@ print("right: with p = 0.7 and G = 4, a share of", round(float(expected_dead(0.7
 logits = Tensor(np.array([0.2, -0.4, 1.0]), requires_grad=True)
 reward = np.array([1.0, 0.0, 0.3])
 left = grad((softmax(logits) * reward).sum(), logits).data
-right = sum(
-    softmax(logits).data[y] * reward[y] * grad(log_softmax(logits)[y], logits).data for y in range(3)
-)
+right = sum(softmax(logits).data[y] * reward[y] * grad(log_softmax(logits)[y], logits).data for y in range(3))
 print("both sides:", np.round(left, 6), np.round(right, 6))
 
 # %% [markdown]
@@ -260,7 +271,12 @@ def grpo(model, lr, updates, seed, watch=True):
             rewards = task.verify(problems.repeat(GROUP, axis=0), answers.tokens).reshape(PROMPTS, GROUP)
             tokens = np.concatenate([prompts.repeat(GROUP, axis=0), answers.tokens], axis=1)
             _, gradients = threads.gradients(
-                loss_of_share, model.parameters(), tokens, answers.logprobs, grpo_advantage_std(rewards).reshape(-1), answers.mask
+                loss_of_share,
+                model.parameters(),
+                tokens,
+                answers.logprobs,
+                grpo_advantage_std(rewards).reshape(-1),
+                answers.mask,
             )
             optimiser.step(gradients, max_norm=1.0)
             curves["reward"].append(rewards.mean())
@@ -310,10 +326,12 @@ figure, axes = plt.subplots(figsize=(8, 3.2))
 final = {}
 for lr, colour in ((3e-4, GREEN), (1e-3, BLUE), (3e-2, VERMILION)):
     student.load_state_dict(start)
-    run = grpo(student, lr, updates=30, seed=3, watch=False)
+    run = grpo(student, lr, updates=20, seed=3, watch=False)
     final[lr] = np.mean(run["reward"][-5:])
     axes.plot(run["reward"], color=colour, label=f"learning rate {lr:g}")
-axes.set(xlabel="update", ylabel="reward of the batch", ylim=(-0.02, 1.02), title="The same start, three learning rates")
+axes.set(
+    xlabel="update", ylabel="reward of the batch", ylim=(-0.02, 1.02), title="The same start, three learning rates"
+)
 axes.legend()
 plt.show()
 print("the largest rate ended below where it began:", final[3e-2] < sampled)
@@ -357,7 +375,9 @@ true_gradient = grad((p * (logp - reference)).sum(), theta, retain_graph=True).d
 other_gradient = grad(-(ops.exp(reference) * log_softmax(theta)).sum(), theta).data
 for name, values in estimators(log_softmax(theta), reference).items():
     mean_value = float((p.data * values.data).sum())
-    mean_gradient = grad((values * p.data).sum(), theta, retain_graph=True).data  # the samples are fixed: p is a constant here
+    mean_gradient = grad(
+        (values * p.data).sum(), theta, retain_graph=True
+    ).data  # the samples are fixed: p is a constant here
     same = "reverse KL" if np.allclose(mean_gradient, true_gradient, atol=1e-9) else ""
     same = same or ("forward KL" if np.allclose(mean_gradient, other_gradient, atol=1e-9) else "")
     same = same or ("zero" if np.allclose(mean_gradient, 0, atol=1e-9) else "something else")

@@ -238,7 +238,7 @@ class Tensor(Variable):
         """$|x|$."""
         return ops.absolute(self)
 
-    def clamp(self, min: Limit = None, max: Limit = None) -> "Tensor":  # noqa: A002 (torch's names)
+    def clamp(self, min: Limit = None, max: Limit = None) -> "Tensor":
         """The values limited to [min, max]."""
         return ops.clip(self, low=min, high=max)
 

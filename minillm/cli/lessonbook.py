@@ -183,7 +183,9 @@ def grade(path: Path, source: Path, folder: Path) -> list[tuple[str, bool, str]]
             cell.source = checks[cell["id"]]
             found.add(cell["id"])
     if found != set(checks):
-        raise ValueError(f"lessons: {path} is not a copy of lesson {source.stem}: {len(checks) - len(found)} checks are gone.")
+        raise ValueError(
+            f"lessons: {path} is not a copy of lesson {source.stem}: {len(checks) - len(found)} checks are gone."
+        )
     execute(notebook, folder, allow_errors=True)
     report = []
     for cell in notebook.cells:

@@ -49,7 +49,9 @@ def hand_out(args: argparse.Namespace) -> int:
     for source in lessonbook.find_sources(args.folder, args.names):
         target = args.out / f"{source.stem}.ipynb"
         if target.exists() and not args.force:
-            raise ValueError(f"lessons: {target} exists, maybe with a student's work in it. Pass --force to replace it.")
+            raise ValueError(
+                f"lessons: {target} exists, maybe with a student's work in it. Pass --force to replace it."
+            )
         target.write_text(nbformat.writes(lessonbook.student_copy(source)) + "\n", encoding="utf-8")
         print(target)
     return 0

@@ -29,7 +29,9 @@ def check_ids(where: str, ids, rows: int) -> np.ndarray:
     require(ids.dtype.kind in "iu", where, "the ids", "integers", ids, error=TypeError)
     if ids.size and (ids.min() < 0 or ids.max() >= rows):
         bad = ids[(ids < 0) | (ids >= rows)].flat[0]
-        raise IndexError(f"{where}: ids must be in [0, {rows}), got {bad}. Was the text encoded with another tokenizer?")
+        raise IndexError(
+            f"{where}: ids must be in [0, {rows}), got {bad}. Was the text encoded with another tokenizer?"
+        )
     return ids
 
 

@@ -12,9 +12,7 @@ from minillm.checks import require
 
 def check_gain(where: str, x, g, what: str = "the gain g") -> None:
     """Refuse a gain or shift that does not match the normalised axis."""
-    require(
-        x.ndim >= 1 and g.shape == (x.shape[-1],), where, what, f"of shape ({x.shape[-1] if x.ndim else 'd'},)", g
-    )
+    require(x.ndim >= 1 and g.shape == (x.shape[-1],), where, what, f"of shape ({x.shape[-1] if x.ndim else 'd'},)", g)
 
 
 def _example(rng):

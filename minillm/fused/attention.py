@@ -24,17 +24,15 @@ import numpy as np
 from minillm.autograd import Tensor, is_recording, scratch
 from minillm.autograd.operation import derived
 from minillm.autograd.tape import wrap
-from minillm.fused.positions import rotate
 from minillm.functional.attention import check_rotary
+from minillm.fused.positions import rotate
 
 QUERY_BLOCK = 64
 GROUP_BYTES = 1 << 20  # scores of one task: they should stay in the second-level cache
 
 
 @derived("rotary_attention")
-def rotary_attention(
-    qkv: np.ndarray, angles: np.ndarray, *, H: int, H_kv: int, pairing: str = "interleaved"
-):
+def rotary_attention(qkv: np.ndarray, angles: np.ndarray, *, H: int, H_kv: int, pairing: str = "interleaved"):
     r"""Causal self-attention of a decoder block, from the joint projection to the merged heads.
 
     Equation: `mha` $\mathrm{Concat}_h(\mathrm{softmax}(\mathbf S_h)\mathbf V_h)$
@@ -65,7 +63,9 @@ def rotary_attention(
         delta = np.multiply(d_out, out, out=scratch.empty(out.shape, qkv.dtype)) @ np.ones(d_head, qkv.dtype)
         delta = delta.transpose(0, 2, 1).reshape(lse.shape)
         for rows, block in tasks:
-            _backward_block(q[rows], k[rows], v[rows], lse[rows], delta[rows], do[rows], dq[rows], dk[rows], dv[rows], block)
+            _backward_block(
+                q[rows], k[rows], v[rows], lse[rows], delta[rows], do[rows], dq[rows], dk[rows], dv[rows], block
+            )
         turn.backward(dqk, dqkv)
         return dqkv.reshape(qkv.shape)
 
@@ -128,9 +128,7 @@ def _tasks(B: int, L: int, H: int, itemsize: int) -> list[tuple[slice, tuple[int
     block = QUERY_BLOCK if L > QUERY_BLOCK * 3 // 2 else max(L, 1)
     group = max(1, GROUP_BYTES // max(H * L * block * itemsize, 1))
     starts = list(range(0, L, block))
-    return [
-        (slice(b, b + group), (i, min(i + block, L))) for b in range(0, B, group) for i in reversed(starts)
-    ]
+    return [(slice(b, b + group), (i, min(i + block, L))) for b in range(0, B, group) for i in reversed(starts)]
 
 
 @lru_cache(maxsize=32)

@@ -80,7 +80,9 @@ def token_logprobs(logits: np.ndarray, chosen: np.ndarray):
     Source: bridging §1.6; notes §10.5.
     """
     ids = check_ids("token_logprobs", chosen, logits.shape[-1])[..., None]
-    require(ids.shape[:-1] == logits.shape[:-1], "token_logprobs", "the choices", f"of shape {logits.shape[:-1]}", chosen)
+    require(
+        ids.shape[:-1] == logits.shape[:-1], "token_logprobs", "the choices", f"of shape {logits.shape[:-1]}", chosen
+    )
     e, total, top = shifted_exp(logits)
 
     def vjp(dy):

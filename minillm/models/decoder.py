@@ -50,7 +50,13 @@ class DecoderConfig:
             "an even integer (rotary positions turn pairs)",
             f"{self.d_model} / {self.n_heads}",
         )
-        require(self.n_heads % self.n_kv_heads == 0, "DecoderConfig", "n_kv_heads", f"a divisor of n_heads = {self.n_heads}", self.n_kv_heads)  # type: ignore[operator]
+        require(
+            self.n_heads % self.n_kv_heads == 0,
+            "DecoderConfig",
+            "n_kv_heads",
+            f"a divisor of n_heads = {self.n_heads}",
+            self.n_kv_heads,
+        )  # type: ignore[operator]
         require_one_of(self.rope_pairing, PAIRINGS, "DecoderConfig", "rope_pairing")
         require_positive(self.norm_eps, "DecoderConfig", "norm_eps")
         require_positive(self.init_std, "DecoderConfig", "init_std")
@@ -133,7 +139,9 @@ class Decoder(Module):
         """An empty key/value cache for ``batch`` sequences of up to ``capacity`` tokens."""
         c = self.config
         capacity = c.context if capacity is None else capacity
-        require(0 < capacity <= c.context, "Decoder.new_cache", "the capacity", f"in 1..{c.context}, the context", capacity)
+        require(
+            0 < capacity <= c.context, "Decoder.new_cache", "the capacity", f"in 1..{c.context}, the context", capacity
+        )
         return KVCache(c.n_layers, batch, c.n_kv_heads or c.n_heads, capacity, c.d_head, self.embedding.weight.dtype)
 
     def _positions(self, ids: np.ndarray, cache: KVCache | None) -> np.ndarray:

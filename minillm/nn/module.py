@@ -72,7 +72,9 @@ class Module:
             )
         for name, parameter in own.items():
             if np.shape(state[name]) != parameter.shape:
-                raise ValueError(message("load_state_dict", name, f"of shape {parameter.shape}", np.asarray(state[name])))
+                raise ValueError(
+                    message("load_state_dict", name, f"of shape {parameter.shape}", np.asarray(state[name]))
+                )
         for name, parameter in own.items():
             parameter.data[...] = state[name]
 

@@ -137,9 +137,21 @@ class AdamW:
         Raises: ValueError if names or shapes differ; nothing is changed then.
         """
         own = self.state_dict()
-        require(own.keys() == state.keys(), "AdamW.load_state_dict", "the entries", f"{len(own)} named t, m.i, n.i", f"{len(state)} others")
+        require(
+            own.keys() == state.keys(),
+            "AdamW.load_state_dict",
+            "the entries",
+            f"{len(own)} named t, m.i, n.i",
+            f"{len(state)} others",
+        )
         for key, value in own.items():
-            require(np.shape(state[key]) == value.shape, "AdamW.load_state_dict", key, f"of shape {value.shape}", np.asarray(state[key]))
+            require(
+                np.shape(state[key]) == value.shape,
+                "AdamW.load_state_dict",
+                key,
+                f"of shape {value.shape}",
+                np.asarray(state[key]),
+            )
         self.t = int(state["t"])
         for key, value in own.items():
             if key != "t":

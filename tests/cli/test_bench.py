@@ -48,12 +48,18 @@ def test_both_sides_of_the_benchmark_compute_the_same_loss_and_gradients():
     model = our_twin(peer)
     ids = np.random.default_rng(1).integers(17, size=(4, 10))
     loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
-    theirs = torch.nn.functional.cross_entropy(peer(torch.tensor(ids[:, :-1])).reshape(-1, 17), torch.tensor(ids[:, 1:]).reshape(-1))
+    theirs = torch.nn.functional.cross_entropy(
+        peer(torch.tensor(ids[:, :-1])).reshape(-1, 17), torch.tensor(ids[:, 1:]).reshape(-1)
+    )
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
     theirs.backward()
     parameters = dict(model.named_parameters())
     gradients = dict(zip(parameters, grad(loss, list(parameters.values())), strict=True))
-    for ours, name in (("embedding.weight", "embedding.weight"), ("blocks.1.attention.w_qkv", "blocks.1.qkv.weight"), ("head.weight", "head.weight")):
+    for ours, name in (
+        ("embedding.weight", "embedding.weight"),
+        ("blocks.1.attention.w_qkv", "blocks.1.qkv.weight"),
+        ("head.weight", "head.weight"),
+    ):
         expected = dict(peer.named_parameters())[name].grad.numpy()
         np.testing.assert_allclose(gradients[ours].data, expected, rtol=1e-3, atol=1e-6)
 

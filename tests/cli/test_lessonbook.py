@@ -10,7 +10,7 @@ pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
-LESSON = '''# %% [markdown]
+LESSON = """# %% [markdown]
 # # 90 · A small lesson
 
 # %%
@@ -25,7 +25,7 @@ def double(x):
 # %% tags=["check"]
 # Exercise 1: double
 assert double(3) == 6, "3 doubled is 6"
-'''
+"""
 
 
 @pytest.fixture
