@@ -135,6 +135,11 @@ def _raw(x: Any) -> np.ndarray:
     return x.data if isinstance(x, Variable) else np.asarray(x)
 
 
+def _constant_as_array(x: Any) -> Any:
+    """A tensor without gradient as its array, which adopts the precision of what it meets."""
+    return x if isinstance(x, Variable) and x.requires_grad else _raw(x)
+
+
 def _share(x: Any, y: Any, better: Any) -> np.ndarray:
     """1 where x wins against y, 0 where it loses, one half at a tie."""
     x, y = _raw(x), _raw(y)
@@ -143,6 +148,7 @@ def _share(x: Any, y: Any, better: Any) -> np.ndarray:
 
 def _power_slope(x: Any, y: Any) -> Any:
     """$y x^{y-1}$, and 0 where x and y are 0 (there $0\\cdot0^{-1}$ would be NaN)."""
+    y = _constant_as_array(y)
     undefined = (_raw(y) == 0) & (_raw(x) == 0)
     if undefined.any():
         y_safe = where(undefined, 1.0, y) if isinstance(y, Variable) else np.where(undefined, 1.0, y)
@@ -152,6 +158,7 @@ def _power_slope(x: Any, y: Any) -> Any:
 
 def _log_base(x: Any) -> Any:
     """$\\ln x$, and 0 where x is not positive."""
+    x = _constant_as_array(x)
     positive = _raw(x) > 0
     if isinstance(x, Variable):
         return log(where(positive, x, 1.0))
