@@ -132,11 +132,22 @@ def test_a_missing_package_at_import_points_to_the_doctor(monkeypatch, capsys):
     assert "`minillm doctor` says what is missing" in capsys.readouterr().err
 
 
-def test_python_m_minillm_is_the_command_and_stops_quietly_when_its_reader_does():
-    command = f"{sys.executable} -m minillm doctor | head -n 1"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("name")
-    assert done.stderr == ""
+def test_python_m_minillm_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "minillm", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"minillm {cli.__version__}\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `minillm equations | head`: the reader closes the pipe while rows are still being printed."""
+    code = "from minillm import cli; from argparse import Namespace as N; "
+    code += "cli.run(N(run=lambda args: [print('row') for _ in range(100_000)] and 0), 'probe')"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "row\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 VALUES = st.recursive(
