@@ -17,7 +17,7 @@ Saved for the backward: the row that was normalised (an input or output anyway, 
 $\rho$, $\mu$ as fp32, 4 bytes each a row. $\hat x$ is computed again: one multiplication against 2 to 4 bytes
 an element of memory traffic.
 
-Rounding: every load is converted to fp32 and every reduction is fp32; each output is rounded once, when it is
+Masked lanes load 0, which adds nothing to any sum. Rounding: every load is converted to fp32 and every reduction is fp32; each output is rounded once, when it is
 stored. The one exception is intended: the sum $s$ is rounded to its own dtype *before* it is normalised, so
 that the norm, its backward and the next layer all see the same $s$.
 
@@ -37,18 +37,6 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _load(pointer, offsets, mask):
-    """Load in fp32; lanes outside the mask are 0, which adds nothing to any sum."""
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _tile(rows, cols, stride_row, stride_col):
-    """Offsets of a tile in a matrix, in int64."""
-    return rows[:, None] * stride_row + cols[None, :].to(tl.int64) * stride_col
-
-
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(
     X, R, G, B, S, Y, MEAN, RHO,
@@ -61,16 +49,19 @@ def _forward_kernel(
     S, Y (n_rows, d) and MEAN, RHO (n_rows,) are contiguous; everything else has strides.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.arange(0, BLOCK_D)
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
     in_row = cols < d
     mask = (rows < n_rows)[:, None] & in_row[None, :]  # (BLOCK_ROWS, BLOCK_D)
-    out = _tile(rows, cols, d, 1)
+    out = rows[:, None] * d + cols[None, :]
 
-    x = _load(X, _tile(rows, cols, stride_x_row, stride_x_col), mask)
-    g = _load(G, cols.to(tl.int64) * stride_g, in_row)[None, :]  # asked for early: it arrives during the sums
+    at = rows[:, None] * stride_x_row + cols[None, :] * stride_x_col
+    x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    # The gain is asked for early, so that it arrives during the sums.
+    g = tl.load(G + cols * stride_g, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if R is not None:
-        total = x + _load(R, _tile(rows, cols, stride_r_row, stride_r_col), mask)
-        rounded = total.to(S.dtype.element_ty)
+        at = rows[:, None] * stride_r_row + cols[None, :] * stride_r_col
+        r = tl.load(R + at, mask=mask, other=0.0).to(tl.float32)
+        rounded = (x + r).to(S.dtype.element_ty)
         tl.store(S + out, rounded, mask=mask)
         x = rounded.to(tl.float32)
 
@@ -83,7 +74,7 @@ def _forward_kernel(
 
     y = x * rho[:, None] * g
     if B is not None:
-        y += _load(B, cols.to(tl.int64) * stride_b, in_row)[None, :]
+        y += tl.load(B + cols * stride_b, mask=in_row, other=0.0).to(tl.float32)[None, :]
     tl.store(Y + out, y.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -109,9 +100,10 @@ def _forward_long_kernel(
     for start in range(0, d, BLOCK_D):
         cols = (start + columns).to(tl.int64)
         mask = cols < d
-        x = _load(x_row, cols * stride_x_col, mask)
+        x = tl.load(x_row + cols * stride_x_col, mask=mask, other=0.0).to(tl.float32)
         if R is not None:
-            rounded = (x + _load(R + row * stride_r_row, cols * stride_r_col, mask)).to(S.dtype.element_ty)
+            r = tl.load(R + row * stride_r_row + cols * stride_r_col, mask=mask, other=0.0).to(tl.float32)
+            rounded = (x + r).to(S.dtype.element_ty)
             tl.store(S + row * d + cols, rounded, mask=mask)
             x = rounded.to(tl.float32)
         if CENTRED:
@@ -136,12 +128,12 @@ def _forward_long_kernel(
         cols = (start + columns).to(tl.int64)
         mask = cols < d
         if R is not None:
-            x = _load(S + row * d, cols, mask)
+            x = tl.load(S + row * d + cols, mask=mask, other=0.0).to(tl.float32)
         else:
-            x = _load(x_row, cols * stride_x_col, mask)
-        y = (x - mean) * rho * _load(G, cols * stride_g, mask)
+            x = tl.load(x_row + cols * stride_x_col, mask=mask, other=0.0).to(tl.float32)
+        y = (x - mean) * rho * tl.load(G + cols * stride_g, mask=mask, other=0.0).to(tl.float32)
         if B is not None:
-            y += _load(B, cols * stride_b, mask)
+            y += tl.load(B + cols * stride_b, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_row + cols, y.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -157,9 +149,9 @@ def _backward_kernel(
     DS is None where nothing arrives at the sum s, PARTIAL_B where there is no shift. DX is contiguous.
     """
     program = tl.program_id(0)
-    cols = tl.arange(0, BLOCK_D)
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
     in_row = cols < d
-    g = _load(G, cols.to(tl.int64) * stride_g, in_row)[None, :]
+    g = tl.load(G + cols * stride_g, mask=in_row, other=0.0).to(tl.float32)[None, :]
     dg = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     db = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
 
@@ -167,8 +159,10 @@ def _backward_kernel(
         rows = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         present = rows < n_rows
         mask = present[:, None] & in_row[None, :]  # (BLOCK_ROWS, BLOCK_D)
-        x_hat = _load(X, _tile(rows, cols, stride_x_row, stride_x_col), mask)
-        dy = _load(DY, _tile(rows, cols, stride_dy_row, stride_dy_col), mask)
+        at = rows[:, None] * stride_x_row + cols[None, :] * stride_x_col
+        x_hat = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+        at = rows[:, None] * stride_dy_row + cols[None, :] * stride_dy_col
+        dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
         rho = tl.load(RHO + rows, mask=present, other=0.0)[:, None]
         if CENTRED:
             x_hat -= tl.load(MEAN + rows, mask=present, other=0.0)[:, None]
@@ -184,8 +178,9 @@ def _backward_kernel(
             dx -= (tl.sum(g_hat, axis=1) / d)[:, None]
         dx *= rho
         if DS is not None:
-            dx += _load(DS, _tile(rows, cols, stride_ds_row, stride_ds_col), mask)
-        tl.store(DX + _tile(rows, cols, d, 1), dx.to(DX.dtype.element_ty), mask=mask)
+            at = rows[:, None] * stride_ds_row + cols[None, :] * stride_ds_col
+            dx += tl.load(DS + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(DX + rows[:, None] * d + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
 
     share = program.to(tl.int64) * d + cols
     tl.store(PARTIAL_G + share, tl.sum(dg, axis=0), mask=in_row)
@@ -210,9 +205,10 @@ def _backward_long_means_kernel(
     for start in range(0, d, BLOCK_D):
         cols = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask = cols < d
-        dy = _load(DY + row * stride_dy_row, cols * stride_dy_col, mask)
-        g_hat = dy * _load(G, cols * stride_g, mask)
-        x_hat = (_load(X + row * stride_x_row, cols * stride_x_col, mask) - mean) * rho
+        dy = tl.load(DY + row * stride_dy_row + cols * stride_dy_col, mask=mask, other=0.0).to(tl.float32)
+        g_hat = dy * tl.load(G + cols * stride_g, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + row * stride_x_row + cols * stride_x_col, mask=mask, other=0.0).to(tl.float32)
+        x_hat = (x - mean) * rho
         sum_gx += g_hat * x_hat  # g_hat is 0 outside the mask
         sum_g += g_hat
     tl.store(MEAN_GX + row, tl.sum(sum_gx, axis=0) / d)
@@ -235,14 +231,14 @@ def _backward_long_kernel(
     walker = tl.program_id(0) // strips
     cols = (strip * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask = cols < d
-    g = _load(G, cols * stride_g, mask)
+    g = tl.load(G + cols * stride_g, mask=mask, other=0.0).to(tl.float32)
     dg = tl.zeros((BLOCK_D,), tl.float32)
     db = tl.zeros((BLOCK_D,), tl.float32)
 
     for index in tl.range(walker, n_rows, tl.num_programs(0) // strips, num_stages=STAGES):
         row = tl.cast(index, tl.int64)
-        x_hat = _load(X + row * stride_x_row, cols * stride_x_col, mask)
-        dy = _load(DY + row * stride_dy_row, cols * stride_dy_col, mask)
+        x_hat = tl.load(X + row * stride_x_row + cols * stride_x_col, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(DY + row * stride_dy_row + cols * stride_dy_col, mask=mask, other=0.0).to(tl.float32)
         rho = tl.load(RHO + row)
         if CENTRED:
             x_hat -= tl.load(MEAN + row)
@@ -254,7 +250,7 @@ def _backward_long_kernel(
             dx -= tl.load(MEAN_G + row)
         dx *= rho
         if DS is not None:
-            dx += _load(DS + row * stride_ds_row, cols * stride_ds_col, mask)
+            dx += tl.load(DS + row * stride_ds_row + cols * stride_ds_col, mask=mask, other=0.0).to(tl.float32)
         tl.store(DX + row * d + cols, dx.to(DX.dtype.element_ty), mask=mask)
 
     share = walker.to(tl.int64) * d + cols
@@ -276,10 +272,10 @@ def _sum_shares_kernel(
     for start in range(0, n_shares, BLOCK_SHARES):
         shares = (start + tl.arange(0, BLOCK_SHARES)).to(tl.int64)
         mask = (shares < n_shares)[:, None] & in_row[None, :]
-        offsets = _tile(shares, cols, d, 1)
-        dg += _load(PARTIAL_G, offsets, mask)
+        at = shares[:, None] * d + cols[None, :]
+        dg += tl.load(PARTIAL_G + at, mask=mask, other=0.0)
         if PARTIAL_B is not None:
-            db += _load(PARTIAL_B, offsets, mask)
+            db += tl.load(PARTIAL_B + at, mask=mask, other=0.0)
     tl.store(DG + cols, tl.sum(dg, axis=0).to(DG.dtype.element_ty), mask=in_row)
     if PARTIAL_B is not None:
         tl.store(DB + cols, tl.sum(db, axis=0).to(DB.dtype.element_ty), mask=in_row)

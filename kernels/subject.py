@@ -1,0 +1,132 @@
+"""What is compared with the reference: our kernels, or a function out of a reader's own file."""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.problem import Placed, Problem, mismatches, place
+from kernels.tolerance import Verdict
+
+
+class UsageError(Exception):
+    """The command was called with something that cannot be used; the message says what and what to do."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Functions on torch tensors under the names of a family's reference, and where they run."""
+
+    functions: Mapping[str, Callable]
+    device: str
+    backend: str
+    ours: bool = True
+    differentiable: bool = True
+
+    @property
+    def gpu(self) -> bool:
+        """Whether kernels are compiled and not interpreted."""
+        return self.device != "cpu"
+
+
+@dataclass
+class Run:
+    """Outputs and gradients of one call, and the guarded buffers it was given."""
+
+    outputs: list[torch.Tensor]
+    gradients: list[Any]
+    placed: list[Placed]
+
+    @property
+    def results(self) -> list[torch.Tensor]:
+        """Outputs, then the gradients that exist."""
+        return [*self.outputs, *(g for g in self.gradients if g is not None)]
+
+
+def execute(subject: Subject, problem: Problem, gradients: bool = True) -> Run:
+    """Call the subject's function on a problem and, if asked and possible, pull its cotangents back.
+
+    An input that the output does not depend on gets a gradient of zeros; where the subject has no gradient at
+    all, every gradient is None.
+    """
+    gradients = gradients and subject.differentiable
+    placed = {n: place(a, problem.dtype, subject.device, problem.layouts.get(n, "")) for n, a in problem.inputs.items()}
+    tensors = [p.tensor.detach().requires_grad_(gradients) for p in placed.values()]
+    outputs = subject.functions[problem.function](*tensors, *problem.parameters.values())
+    outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+    held = list(placed.values())
+    if not gradients:
+        return Run([o.detach() for o in outputs], [None] * len(tensors), held)
+    seeds = [
+        place(a, problem.dtype, subject.device, problem.layouts.get("d" + n, "")) for n, a in problem.cotangents.items()
+    ]
+    pulled = torch.autograd.grad(outputs, tensors, [s.tensor for s in seeds], allow_unused=True)
+    found = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, pulled)]
+    return Run([o.detach() for o in outputs], found, held + seeds)
+
+
+def equal(name: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Verdict:
+    """A verdict on equality: how many elements differ in their bits, of 0 allowed."""
+    return Verdict(name, sum(mismatches(a, b) for a, b in pairs), 0.0)
+
+
+def reader_function(spec: str, references: Mapping[str, Callable]) -> tuple[str, Callable]:
+    """Load ``FILE.py:NAME`` and say which reference it is to be held against: by its name, or by its parameters."""
+    file, separator, name = spec.rpartition(":")
+    path = Path(file)
+    if not separator or path.suffix != ".py" or not name.isidentifier():
+        raise UsageError(f"--impl: FILE.py:NAME is wanted (a Python file and a function in it), got {spec!r}.")
+    if not path.is_file():
+        raise UsageError(f"--impl: there is no file {file}. Give a path from the current folder.")
+    module_spec = importlib.util.spec_from_file_location("reader_implementation", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules["reader_implementation"] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"--impl: {file} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = sorted(n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_"))
+        raise UsageError(f"--impl: {file} has no function {name!r}; it has {', '.join(there) or 'none'}.")
+    if name in references:
+        return name, function
+    wanted = {key: _parameters(reference) for key, reference in references.items()}
+    found = _parameters(function)
+    for key, parameters in wanted.items():
+        if found == parameters:
+            return key, function
+    listing = "; ".join(f"{key}({', '.join(parameters)})" for key, parameters in wanted.items())
+    raise UsageError(
+        f"--impl: {name}({', '.join(found)}) matches none of the references by name or by parameters. "
+        f"Give it the name or the parameters of one of: {listing}."
+    )
+
+
+def _parameters(function: Callable) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def has_gradient(subject: Subject, problem: Problem) -> bool:
+    """Whether the function's outputs carry a gradient; a function that raises is left to the properties."""
+    placed = [place(a, problem.dtype, subject.device) for a in problem.inputs.values()]
+    try:
+        outputs = subject.functions[problem.function](
+            *[p.tensor.detach().requires_grad_() for p in placed], *problem.parameters.values()
+        )
+    except Exception:
+        return True
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    return all(isinstance(o, torch.Tensor) and o.requires_grad for o in outputs)
