@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from minillm.training.step import BatchThreads
 from minillm.training.versions import versions, warn_of_differences
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Where batches come from: `minillm.data.BatchStream`, or anything that can say where it stands."""
 
