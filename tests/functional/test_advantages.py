@@ -142,6 +142,8 @@ def test_whitening_over_real_tokens(seed):
     assert white[mask].mean() == pytest.approx(0, abs=1e-9) and white[mask].std() == pytest.approx(1, abs=1e-6)
     scaled = adv.advantage_whitening(a, mask, shift_mean=False)
     np.testing.assert_allclose(scaled[mask], a[mask] / (a[mask].std() + 1e-8))
+    damped = adv.advantage_whitening(a, mask, eps=0.5)
+    np.testing.assert_allclose(damped[mask], (a[mask] - a[mask].mean()) / (a[mask].std() + 0.5))
     assert (adv.advantage_whitening(a, np.zeros_like(mask)) == 0).all()
     assert (adv.advantage_whitening(a[:1, :1], mask[:1, :1], ddof=1) == 0).all()
 

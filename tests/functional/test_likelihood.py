@@ -96,6 +96,7 @@ def test_conjugate_update_against_a_grid_and_priors_as_penalties():
     assert found.mode[0] == pytest.approx(grid[posterior.argmax()], abs=1e-4)
     assert lik.dirichlet_posterior(np.array([0, 5]), 1.0).mode.tolist() == [0, 1]
     assert np.isnan(lik.dirichlet_posterior(np.array([0, 5]), 0.5).mode).all()
+    assert np.isnan(lik.dirichlet_posterior(np.array([0, 0]), 1.0).mode).all()  # flat: every point is a mode
     theta = np.array([0.3, -1.0, 2.0])
     for kind, prior in (("gaussian", scipy.stats.norm(0, 0.7)), ("laplace", scipy.stats.laplace(0, 0.7 / np.sqrt(2)))):
         assert prior.std() == pytest.approx(0.7)

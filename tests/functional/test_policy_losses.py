@@ -10,7 +10,7 @@ from minillm.functional.kl_estimators import kl_estimate
 from minillm.functional.policy_gradient import pg_surrogate_loss
 from minillm.functional.policy_losses import grpo_clip_objective, grpo_kl_objective, grpo_loss
 from minillm.functional.policy_variants import cispo_loss, gspo_loss, tis_weights
-from minillm.functional.reductions import REDUCTIONS, aggregate, aggregation_divisor
+from minillm.functional.reductions import REDUCTIONS, aggregate, aggregation_divisor, aggregation_weights
 
 seeds = st.integers(0, 2**32 - 1)
 LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "cispo": cispo_loss}
@@ -225,6 +225,28 @@ def test_token_weights_scale_the_policy_term_and_not_the_penalty():
     doubled = run(grpo_loss, new, old, a, mask, ref, beta=0.2, token_weights=np.full(new.shape, 2.0))
     assert doubled[2].policy_loss == pytest.approx(2 * plain[2].policy_loss) and doubled[2].kl == plain[2].kl
     assert doubled[0] - plain[0] == pytest.approx(plain[2].policy_loss)
+
+
+@pytest.mark.equation("kl-estimator-is", "entropy-bonus", "grpo-loss")
+def test_the_penalty_with_its_ratio_and_the_bonus_stand_in_the_loss_with_their_signs():
+    new, old, a, mask, ref = draw(8)
+    plain = run(grpo_loss, new, old, a, mask)
+    weighted = run(grpo_loss, new, old, a, mask, ref, beta=0.2, kl_ratio=True)
+    d, ratio = ref - new, np.exp(new - old)
+    terms = ratio * (np.expm1(d) - d)
+    assert weighted[2].kl == pytest.approx(terms[mask].mean())
+    assert weighted[0] - plain[0] == pytest.approx(0.2 * aggregate(terms, mask, "seq-mean").item())
+    slope = aggregation_weights(mask, "seq-mean") * (terms - ratio * np.expm1(d))
+    np.testing.assert_allclose(weighted[1] - plain[1], 0.2 * slope, atol=1e-14)
+    entropies = Tensor(np.abs(old), requires_grad=True)
+    bonus = grpo_loss(new, old, a, mask, entropies=entropies, entropy_coef=0.1)
+    assert bonus.loss.item() - plain[0] == pytest.approx(-0.1 * aggregate(entropies, mask, "seq-mean").item())
+    np.testing.assert_allclose(
+        grad(bonus.loss, entropies).data, -0.1 * aggregation_weights(mask, "seq-mean"), atol=1e-15
+    )
+    assert plain[2].sampled_entropy == pytest.approx(-(ratio * new)[mask].mean())
+    assert plain[2].mean_ratio == pytest.approx(ratio[mask].mean())
+    assert plain[2].old_kl == pytest.approx((ratio - 1 - (new - old))[mask].mean())
 
 
 @pytest.mark.equation("grpo-loss")
