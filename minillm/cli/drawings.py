@@ -13,17 +13,12 @@ GREY = "#777777"
 
 def loss_curve(axes: Axes, text: dict) -> None:
     """Bits per byte over training, with the compressors that a reader knows as landmarks."""
-    steps = [point["step"] for point in text["curve"]]
-    axes.plot(steps, [point["train"] for point in text["curve"]], color=BLUE, alpha=0.35, label="training batches")
-    held_out = [point for point in text["curve"] if point.get("held_out") is not None]
-    axes.plot(
-        [p["step"] for p in held_out],
-        [p["held_out"] for p in held_out],
-        "o-",
-        color=BLUE,
-        markersize=4,
-        label="held out",
-    )
+    for key, style in (
+        ("train", {"color": BLUE, "alpha": 0.35, "label": "training batches"}),
+        ("held_out", {"color": BLUE, "marker": "o", "markersize": 4, "label": "held out"}),
+    ):
+        points = [(point["step"], point[key]) for point in text["curve"] if point.get(key) is not None]
+        axes.plot(*zip(*points, strict=True), **style)
     for bits, names in _landmarks(text["compressors"]):
         axes.axhline(bits, color=GREY, linestyle=":", linewidth=1.2)
         axes.text(
