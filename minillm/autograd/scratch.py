@@ -28,20 +28,39 @@ class Arena:
 
     def __init__(self) -> None:
         self.blocks: dict[int, list[np.ndarray]] = {}
+        self.peak = 0  # bytes, the most that was in use at once
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An uninitialised array in a block that nobody refers to, new only if there is none."""
         nbytes = prod(shape) * dtype.itemsize
         if nbytes < SMALLEST:
             return np.empty(shape, dtype)
-        blocks = self.blocks.get(nbytes)
-        if blocks is None:
-            blocks = self.blocks[nbytes] = []
+        blocks = self.blocks.get(nbytes, ())
         for i in range(len(blocks)):
             if sys.getrefcount(blocks[i]) == _UNUSED:
                 return blocks[i].view(dtype).reshape(shape)
-        blocks.append(np.empty(nbytes, np.uint8))
-        return blocks[-1].view(dtype).reshape(shape)
+        self._make_room(nbytes)
+        block = np.empty(nbytes, np.uint8)
+        self.blocks.setdefault(nbytes, []).append(block)
+        return block.view(dtype).reshape(shape)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Before a new block: give unused ones back, the longest-known sizes first, if too much is held.
+
+        Too much is more than twice what was ever in use at once. A step that repeats never gets there; batches
+        whose lengths change would otherwise leave behind the buffers of every length there ever was.
+        """
+        used = {size: [sys.getrefcount(b[i]) != _UNUSED for i in range(len(b))] for size, b in self.blocks.items()}
+        in_use = sum(size * sum(flags) for size, flags in used.items())
+        self.peak = max(self.peak, in_use + nbytes)
+        excess = self.nbytes + nbytes - 2 * self.peak
+        for size, flags in used.items():
+            for i in reversed(range(len(flags))):
+                if excess > 0 and not flags[i]:
+                    del self.blocks[size][i]
+                    excess -= size
+            if not self.blocks[size]:
+                del self.blocks[size]
 
     @property
     def nbytes(self) -> int:
