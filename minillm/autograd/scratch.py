@@ -21,6 +21,8 @@ from math import prod
 import numpy as np
 
 SMALLEST = 1 << 14  # bytes; below, the ordinary allocator is as fast
+# Reference counts tell the truth under CPython with its lock; elsewhere every request is a fresh array.
+COUNTS_ARE_EXACT = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class Arena:
@@ -33,7 +35,7 @@ class Arena:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An uninitialised array in a block that nobody refers to, new only if there is none."""
         nbytes = prod(shape) * dtype.itemsize
-        if nbytes < SMALLEST:
+        if nbytes < SMALLEST or not COUNTS_ARE_EXACT:
             return np.empty(shape, dtype)
         blocks = self.blocks.get(nbytes, ())
         for i in range(len(blocks)):
