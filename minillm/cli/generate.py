@@ -1,0 +1,123 @@
+"""`minillm generate`: continue a text with a model that `minillm train` has saved."""
+
+import argparse
+import codecs
+from pathlib import Path
+
+import numpy as np
+
+from minillm.checks import require, require_positive
+from minillm.cli.output import print_json
+from minillm.data import Tokenizer
+from minillm.decoding import generate
+from minillm.training.restore import load_model
+
+MOST_BY_DEFAULT = 200
+
+
+def read_ids(text: str) -> np.ndarray:
+    """Ids from numbers between commas or spaces."""
+    words = text.replace(",", " ").split()
+    whole = all(word.removeprefix("-").isdecimal() for word in words)
+    require(whole, "generate", "--prompt-ids", "whole numbers between commas or spaces", text)
+    return np.array([int(word) for word in words], np.int64)
+
+
+def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The ids that the text starts with."""
+    if args.prompt_ids is not None:
+        ids = read_ids(args.prompt_ids)
+    else:
+        hint = "Pass --prompt-ids."
+        require(tokenizer is not None, "generate", "the checkpoint", "one with a tokenizer", "one without", hint)
+        assert tokenizer is not None
+        ids = tokenizer.encode(args.prompt)
+    require(ids.size > 0, "generate", "the prompt", "at least one token", "an empty text")
+    return ids
+
+
+class Printer:
+    """Prints a text as its tokens come; the bytes of a character may be spread over several."""
+
+    def __init__(self, prompt: str, tokenizer: Tokenizer | None):
+        self.waiting, self.tokenizer = prompt, tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, ids: np.ndarray) -> None:
+        if self.tokenizer is None:
+            text = f" {ids[0]}"
+        else:
+            text = self.decoder.decode(self.tokenizer.decode_bytes(ids[:1]))
+        print(self.waiting + text, end="", flush=True)
+        self.waiting = ""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, generate and print."""
+    require_positive(args.samples, "generate", "--samples", integer=True)
+    restored = load_model(args.checkpoint)
+    model, tokenizer = restored.model, restored.tokenizer
+    ids = prompt_ids(args, tokenizer)
+    room = max(1, model.config.context + 1 - len(ids))
+    shown = args.prompt if args.prompt_ids is None else " ".join(map(str, ids))
+    streaming = args.samples == 1 and not args.json
+    made = generate(
+        model,
+        ids[None],
+        min(MOST_BY_DEFAULT, room) if args.max_new_tokens is None else args.max_new_tokens,
+        np.random.default_rng(args.seed),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        eos_id=None if tokenizer is None else tokenizer.eos_id,
+        copies=args.samples,
+        on_token=Printer(shown, tokenizer) if streaming else None,
+    )
+    if streaming:
+        print()
+        return 0
+    rows = []
+    for tokens, logprobs, mask, terminated in zip(*made):
+        kept = tokens[mask]
+        text = " " + " ".join(map(str, kept)) if tokenizer is None else tokenizer.decode(kept)
+        rows.append(
+            {
+                "prompt": shown,
+                "text": text,
+                "tokens": kept,
+                "logprob": float(logprobs[mask].sum()),
+                "terminated": bool(terminated),
+            }
+        )
+    if args.json:
+        print_json(rows)
+    else:
+        print("\n---\n".join(row["prompt"] + row["text"] for row in rows))
+    return 0
+
+
+def add_parser(subparsers) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("generate", help="continue a text with a trained model", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("runs/train"), help="a run's folder or a checkpoint file"
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="The ", help="text to continue (default %(default)r)")
+    prompt.add_argument("--prompt-ids", default=None, help="ids to continue, for a model without a tokenizer")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="tokens to write (default: 200 or what fits)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the most likely token (default %(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, default=None, help="sample from the k most likely tokens only")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="sample from the nucleus of this mass (default %(default)s)"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=None, help="sample from tokens with this share of the largest only"
+    )
+    parser.add_argument("--samples", type=int, default=1, help="texts to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
+    parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
+    parser.set_defaults(run=run)
