@@ -128,6 +128,14 @@ def test_the_discount_weight_matters_and_a_state_baseline_does_not():
     np.testing.assert_allclose(found(1.0, discount_weighting=False), tree.true_gradient(1.0), atol=1e-14)
 
 
+@pytest.mark.equation("baseline-invariance", "reinforce", "reinforce-to-go")
+def test_a_baseline_is_taken_from_the_credit():
+    logprobs, rewards = np.array([[-1.0, -2.0]]), np.array([[3.0, 4.0]])
+    returns = return_discounted(rewards, 1.0)
+    assert pg.reinforce_loss(logprobs, np.array([7.0]), np.ones((1, 2)), baseline=7.0).item() == 0
+    assert pg.reinforce_to_go_loss(logprobs, rewards, np.ones((1, 2)), baselines=returns).item() == 0
+
+
 @pytest.mark.equation("reinforce-to-go")
 def test_masked_actions_get_no_credit():
     logprobs = Tensor(np.array([[-1.0, np.nan, -2.0]]), requires_grad=True)
