@@ -300,7 +300,11 @@ def without_batch(function: Any, args: tuple, kwargs: dict) -> tuple[list, dict]
     batch = None
     for key, value in bound.arguments.items():
         axis = leading_axis(notes[key])
-        if isinstance(value, np.ndarray) and axis in ("B", "*B") and value.ndim > named_axes(notes[key]) - (axis == "B"):
+        if (
+            isinstance(value, np.ndarray)
+            and axis in ("B", "*B")
+            and value.ndim > named_axes(notes[key]) - (axis == "B")
+        ):
             batch = value.shape[0] if value.ndim else None
             break
     if batch is None:
@@ -320,7 +324,9 @@ def without_batch(function: Any, args: tuple, kwargs: dict) -> tuple[list, dict]
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [(n, k) for n, k in FORMS if k != "primitive"], ids=[f"{n}-{k}" for n, k in FORMS if k != "primitive"]
+    ("name", "kind"),
+    [(n, k) for n, k in FORMS if k != "primitive"],
+    ids=[f"{n}-{k}" for n, k in FORMS if k != "primitive"],
 )
 def test_an_empty_batch_is_no_error(name, kind):
     for seed in range(6):

@@ -148,7 +148,11 @@ REFUSED = {
     "half precision": (lambda: Tensor(np.ones(2, np.float16)), TypeError, "float32, float64, integers or booleans"),
     "complex numbers": (lambda: Tensor(np.ones(2, complex)), TypeError, "got complex128"),
     "strings": (lambda: Tensor(["a"]), TypeError, "Tensor: the elements must be"),
-    "gradients of integers": (lambda: Tensor([1, 2], requires_grad=True), TypeError, "floating point when requires_grad"),
+    "gradients of integers": (
+        lambda: Tensor([1, 2], requires_grad=True),
+        TypeError,
+        "floating point when requires_grad",
+    ),
     "assignment": (lambda: ones(2).__setitem__(0, 1.0), TypeError, "rewrite history"),
     "item of several": (lambda: ones(2).item(), ValueError, "of one element, got shape (2,)"),
     "length of 0-d": (lambda: len(Tensor(1.0)), TypeError, "at least 1 axis"),

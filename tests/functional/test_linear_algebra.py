@@ -183,7 +183,10 @@ def test_the_worked_number_of_the_stable_softmax():
 REFUSED = {
     "a vector": (lambda: column_decomposition(Tensor(np.ones(3))), "column_decomposition: A must be a matrix"),
     "a cube": (lambda: row_decomposition(Tensor(np.ones((1, 1, 1)))), "row_decomposition: A must be a matrix"),
-    "inner lengths": (lambda: gemm(Tensor(np.ones((2, 3))), Tensor(np.ones((2, 3)))), "gemm: A and B must be of shapes"),
+    "inner lengths": (
+        lambda: gemm(Tensor(np.ones((2, 3))), Tensor(np.ones((2, 3)))),
+        "gemm: A and B must be of shapes",
+    ),
     "the shape of C": (
         lambda: gemm(Tensor(np.eye(2)), Tensor(np.eye(2)), Tensor(np.ones((1, 2)))),
         r"gemm: C must be of shape \(2, 2\), got shape \(1, 2\)",
