@@ -45,7 +45,6 @@ WITHOUT = {
         "beartype": "the tests: annotations are checked at call time",
         "ruff": "lint and format",
         "pyright": "the type check",
-        "build": "the test that builds a wheel",
         "autograd": "a second opinion on gradients, in the tests",
         "transformers": "a second opinion on the transformer, in the tests",
         "trl": "a second opinion on the policy losses, in the tests",
