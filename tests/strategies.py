@@ -3,11 +3,19 @@
 Contents are drawn element by element, so that a failing case shrinks to a readable one.
 """
 
+import os
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+CI = os.environ.get("CI", "") not in ("", "0", "false")
+
+
+def examples(fast: int, thorough: int) -> int:
+    """How many examples to draw for each of several hundred functions: few at the desk, many in CI."""
+    return thorough if CI else fast
 
 
 def seeds() -> st.SearchStrategy[int]:

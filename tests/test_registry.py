@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from minillm.autograd import Tensor, gradcheck, registry
 from minillm.autograd.operation import Derived
 from tests import forms
-from tests.strategies import laid_out, layouts, seeds
+from tests.strategies import examples, laid_out, layouts, seeds
 from tests.tolerance import allowances, assert_within
 
 ROWS = forms.all_rows()
@@ -143,7 +143,7 @@ def test_an_exemption_names_a_function_that_exists():
 
 
 @EVERY_FORM
-@settings(max_examples=8)
+@settings(max_examples=examples(3, 15))
 @given(seed=seeds())
 @pytest.mark.equation("gradient-check", "autograd-engine")
 def test_the_gradient_is_that_of_finite_differences(name, kind, seed):
@@ -152,7 +152,7 @@ def test_the_gradient_is_that_of_finite_differences(name, kind, seed):
 
 
 @EVERY_FORM
-@settings(max_examples=2)
+@settings(max_examples=examples(1, 4))
 @given(seed=seeds())
 @pytest.mark.equation("gradient-check")
 def test_the_gradient_of_the_gradient_is_that_of_finite_differences(name, kind, seed):
@@ -166,7 +166,7 @@ def test_the_gradient_of_the_gradient_is_that_of_finite_differences(name, kind, 
 
 
 @EVERY_PAIR
-@settings(max_examples=10)
+@settings(max_examples=examples(6, 30))
 @given(seed=seeds())
 def test_written_equals_derived_in_float64(name, seed):
     args, kwargs = example(name, seed)
@@ -176,7 +176,7 @@ def test_written_equals_derived_in_float64(name, seed):
 
 
 @EVERY_PAIR
-@settings(max_examples=6)
+@settings(max_examples=examples(6, 30))
 @given(seed=seeds())
 def test_written_equals_derived_in_float32_by_the_rule(name, seed):
     args, kwargs = example(name, seed)
@@ -195,7 +195,7 @@ def test_written_equals_derived_in_float32_by_the_rule(name, seed):
 
 
 @EVERY_PAIR
-@settings(max_examples=5)
+@settings(max_examples=examples(5, 15))
 @given(seed=seeds())
 def test_each_result_of_several_may_be_the_only_one_used(name, seed):
     """A derived form with several results gets no cotangent for those that nothing depends on."""
@@ -220,7 +220,7 @@ def takes_only_floats(name: str, args: tuple) -> bool:
 
 
 @EVERY_FORM
-@settings(max_examples=4)
+@settings(max_examples=examples(3, 10))
 @given(seed=seeds())
 def test_float32_stays_float32(name, kind, seed):
     args, kwargs = example(name, seed)
@@ -231,7 +231,7 @@ def test_float32_stays_float32(name, kind, seed):
 
 
 @EVERY_FORM
-@settings(max_examples=3)
+@settings(max_examples=examples(2, 5))
 @given(seed=seeds())
 def test_inputs_and_cotangents_are_left_as_they_were(name, kind, seed):
     args, kwargs = example(name, seed)
@@ -243,7 +243,7 @@ def test_inputs_and_cotangents_are_left_as_they_were(name, kind, seed):
 
 
 @EVERY_FORM
-@settings(max_examples=3)
+@settings(max_examples=examples(2, 5))
 @given(seed=seeds())
 def test_two_calls_are_bitwise_equal(name, kind, seed):
     args, kwargs = example(name, seed)
@@ -253,7 +253,7 @@ def test_two_calls_are_bitwise_equal(name, kind, seed):
 
 
 @EVERY_FORM
-@settings(max_examples=4)
+@settings(max_examples=examples(3, 10))
 @given(seed=seeds(), layout=layouts())
 def test_the_memory_layout_of_inputs_and_cotangents_does_not_matter(name, kind, seed, layout):
     args, kwargs = example(name, seed)
