@@ -52,6 +52,7 @@ def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
     r"""Scaled inner products of queries and keys.
 
     Equation: `scaled-dot-product` $\mathbf S=\frac{\mathbf Q\mathbf K^\top}{\sqrt{d_{\rm head}}}$, the mask comes with the weights
+    Equation: `score-variance` $\mathrm{Var}\langle q,k\rangle=d_{\rm head}s_q^2s_k^2$, hence the root
     Shapes: q (B, H, L_q, d_head), k (B, H, L_k, d_head) -> (B, H, L_q, L_k)
     Source: bridging §1.1; notes §4.1.
     Differs: the root is of the head's width, not the model's (erratum 20).

@@ -92,6 +92,7 @@ class Decoder(Module):
     r"""The language model: a distribution over the next token at every position.
 
     Equation: `lm-head` $\mathrm{logits}=\mathbf H\mathbf W_{\rm out}$
+    Equation: `next-token-distribution` the softmax of the logits at position t is the law of token t + 1
     Equation: `weight-tying` tied: $\mathbf W_{\rm out}=\mathbf W_{\rm emb}^\top$
     Equation: `final-ln` $\mathbf h=\mathrm{RMSNorm}(\mathbf x^{(N_{\rm layer})})$ before the head
     Equation: `init-schemes` std ``init_std``; residual output maps times $1/\sqrt{2N_{\rm layer}}$

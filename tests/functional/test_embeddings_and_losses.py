@@ -82,6 +82,20 @@ def test_the_next_token_distribution_sums_to_one_and_scores_the_token_after():
     assert np.abs(p[0, 3] - q[0, 3]).max() > 1e-6
 
 
+@pytest.mark.equation("final-ln", "glu-ffn")
+def test_the_head_reads_a_normalised_stream_and_the_ffn_returns_to_its_width():
+    rng = np.random.default_rng(2)
+    model = Decoder(DecoderConfig(7, d_model=8, n_layers=2, n_heads=2, d_ff=20, context=5, init_std=0.5), rng)
+    h = model.hidden(rng.integers(7, size=(3, 5)))
+    np.testing.assert_allclose(np.sqrt((h.data**2).mean(-1)), 1, rtol=1e-3)
+    ffn = model.blocks[0].ffn
+    x = Tensor(rng.normal(size=(3, 5, 8)).astype(np.float32))
+    value, gate = np.split(x.data @ ffn.w_value_gate.data.T, 2, axis=-1)
+    expected = (value * gate / (1 + np.exp(-gate))) @ ffn.w_down.data.T
+    assert ffn(x).shape == x.shape
+    np.testing.assert_allclose(ffn(x).data, expected, rtol=1e-4, atol=1e-5)
+
+
 @LOSSES
 @pytest.mark.equation("cross-entropy-logits")
 @given(seeds, st.sampled_from(["token-mean", "sum"]))
