@@ -136,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     trainer, corpus, _ = prepare(args)
     if args.resume and checkpoints_in(args.out):
         trainer.resume(latest_checkpoint(args.out))
+    else:
+        trainer.metrics.rewind(-1)  # of a run that was killed before its first checkpoint
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "config.json", trainer.effective_config)
     tell = sys.stderr if args.json else sys.stdout

@@ -94,8 +94,6 @@ class Trainer:
 
     def run(self) -> float:
         """Train until the configured number of steps and return the last validation loss, in nats per token."""
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
         with (
             self.threads.running(),
             tqdm(

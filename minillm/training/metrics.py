@@ -23,6 +23,7 @@ class MetricsLog:
         if self.path is None:
             return
         line = json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(descriptor, line.encode("utf-8"))
