@@ -85,6 +85,13 @@ def test_population_or_sample_deviation_differ_by_what_the_libraries_differ():
     np.testing.assert_allclose(pair, np.sqrt(2))
 
 
+@pytest.mark.equation("grpo-advantage-std")
+def test_the_batchs_deviation_is_one_number_for_all_groups():
+    rewards = np.array([[1.0, 0.0], [3.0, 3.0]])
+    found = adv.group_advantage(rewards, "batch-std", ddof=1, eps=0.5)
+    np.testing.assert_allclose(found, [[0.5, -0.5], [0, 0]] / (rewards.std(ddof=1) + 0.5))
+
+
 @pytest.mark.equation("grpo-advantage-std", "grpo-zero-variance")
 def test_equal_rewards_give_zero_and_rounding_noise_stays_noise():
     """Erratum 78: without a stabiliser this is 0/0; with one of 1e-9 noise in the last bit is blown up."""

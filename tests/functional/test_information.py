@@ -56,6 +56,10 @@ def test_certainty_uniformity_one_hot_targets_and_impossible_outcomes():
     for divergence in (info.cross_entropy_between, info.kl_divergence, info.chi2_divergence):
         assert divergence(Tensor(q), Tensor(one_hot)).item() == np.inf
         assert np.isfinite(divergence(Tensor(one_hot), Tensor(q)).item())
+    p, q = (Tensor(np.array(x), requires_grad=True) for x in ([0.0, 0.4, 0.6], [0.0, 0.5, 0.5]))
+    for divergence in (info.cross_entropy_between, info.kl_divergence, info.chi2_divergence):
+        value = divergence(p, q)  # impossible under both: no matter
+        assert np.isfinite(value.item()) and all(np.isfinite(g.data).all() for g in grad(value, [p, q]))
     gradient = grad(info.entropy(p := Tensor(one_hot, requires_grad=True)), p).data
     assert np.isfinite(gradient).all()
 
