@@ -49,7 +49,12 @@ def _against_the_source(ours: float, corpus: Corpus, n_ctx: int) -> list[dict[st
 def _rows(unit: str, ours: float, opponents: dict[str, float]) -> list[dict[str, Any]]:
     model = {"name": "this model", "value": ours, "unit": unit, "difference": None}
     others = [
-        {"name": name, "value": value, "unit": unit, "difference": f"{100 * (ours / value - 1):+.1f} %"}
+        {"name": name, "value": value, "unit": unit, "difference": _difference(ours, value)}
         for name, value in opponents.items()
     ]
     return [model, *others]
+
+
+def _difference(ours: float, value: float) -> str | None:
+    """How far we are above or below, where the other side is not 0: a primed compressor may need nothing more."""
+    return f"{100 * (ours / value - 1):+.1f} %" if value > 0 else None
