@@ -87,7 +87,7 @@ def text(data: dict) -> Figure:
     """The loss curve of a longer run on real text."""
     figure, axes = new_figure(height=3.8)
     loss_curve(axes, data)
-    axes.set_title(f"A {data['parameters'] / 1e6:.1f}M-parameter decoder learns the Python reference")
+    axes.set_title("A byte-level decoder learns the Python reference")
     return figure
 
 
