@@ -1,7 +1,7 @@
 """Ahead-of-time compilation: what the compiler makes of a kernel, read without any GPU.
 
 Triton's compiler and its bundled assembler and disassemblers run on any Linux machine. A `Build` says how a
-kernel would be launched (types, alignment, constants, warps); `compile_build` returns what came out.
+kernel would be launched (types, alignment, constants, warps); `compile_builds` returns what came out.
 This module must run in a process without TRITON_INTERPRET: an interpreted function cannot be compiled.
 """
 
@@ -9,7 +9,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+BINARY_NAME = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}  # the disassembler's names
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 
@@ -71,7 +72,6 @@ class Build:
     config: str
     arguments: Mapping[str, Argument]
     warps: int
-    stages: int = 1
     expected_bytes: tuple[int, int] | None = None
     aligned: bool = True
 
@@ -102,28 +102,40 @@ class Compiled:
         return self.memory.reads[128] * 16 * self.threads, self.memory.writes[128] * 16 * self.threads
 
 
-def compile_build(build: Build, target: str) -> Compiled:
-    """Compile one build for one target and read the result."""
+def compile_builds(builds: Sequence[Build], target: str) -> Iterator[Compiled]:
+    """Compile builds for one target and read the results, in order.
+
+    Starting the disassembler costs more than a compilation, so all kernels of a call go through it at once.
+    """
+    machine = TARGETS[target]
+    results = [_compile(build, machine) for build in builds]
+    threads = [result.metadata.num_warps * machine.warp_size for result in results]
+    if machine.backend == "hip":
+        for result, count in zip(results, threads):
+            yield _read_amdgcn(result.asm["amdgcn"], result.metadata.shared, count)
+        return
+    cubins = [result.asm["cubin"] for result in results]
+    for cubin, listing, result, count in zip(cubins, _disassemble(cubins, target), results, threads):
+        yield _read_cubin(cubin, listing, result.metadata.shared, count)
+
+
+def _compile(build: Build, machine: GPUTarget) -> Any:
     if not isinstance(build.function, triton.JITFunction):
         raise RuntimeError(
             "kernels.aot: ahead-of-time compilation needs a process without TRITON_INTERPRET. "
             "Unset it, or use `python -m kernels compile`, which does."
         )
     names = list(build.arguments)
-    assert names == build.function.arg_names, f"{build.kernel} takes {build.function.arg_names}, got {names}"
+    if names != build.function.arg_names:
+        raise ValueError(f"kernels.aot: {build.kernel} takes {build.function.arg_names}, got {names}.")
     source = ASTSource(
         fn=build.function,
         signature={name: argument.kind for name, argument in build.arguments.items()},
         constexprs={name: a.value for name, a in build.arguments.items() if a.kind == "constexpr"},
         attrs={(i,): [["tt.divisibility", 16]] for i, a in enumerate(build.arguments.values()) if a.aligned},
     )
-    options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
-    machine = TARGETS[target]
-    compiled = triton.compile(source, target=machine, options=options)
-    threads = compiled.metadata.num_warps * machine.warp_size
-    if machine.backend == "hip":
-        return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared, threads)
-    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared, threads)
+    options = {"num_warps": build.warps, "num_stages": 1, "enable_fp_fusion": True}
+    return triton.compile(source, target=machine, options=options)
 
 
 def _tool(name: str) -> str:
@@ -140,12 +152,21 @@ def assembler_version() -> str:
     return sass.version_of(_run(os.environ.get("TRITON_PTXAS_PATH") or _tool("ptxas"), "--version"))
 
 
-def _read_cubin(cubin: bytes, shared: int, threads: int) -> Compiled:
+def _disassemble(cubins: Sequence[bytes], target: str) -> list[str]:
+    """The listings of several kernels: their machine code laid end to end, disassembled, and cut apart again."""
+    codes = [sass.machine_code(cubin) for cubin in cubins]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "code.bin")
+        path.write_bytes(b"".join(codes))
+        listing = _run(_tool("nvdisasm"), "--binary", BINARY_NAME[target], str(path))
+    return sass.cut(listing, [len(code) for code in codes])
+
+
+def _read_cubin(cubin: bytes, listing: str, shared: int, threads: int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         usage = sass.resource_usage(_run(_tool("cuobjdump"), "--dump-resource-usage", str(path)))
-        listing = _run(_tool("nvdisasm"), "-c", str(path))
     counts = sass.count_cuda(listing)
     return Compiled(
         registers=usage["REG"], stack=usage["STACK"] + usage.get("LOCAL", 0), spills=counts.spills, shared=shared,

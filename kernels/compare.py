@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from tqdm import tqdm
 
-from kernels import registry
+from kernels import mode, registry
 from kernels.problem import Problem
 from kernels.property import Property
 from kernels.subject import Subject, has_gradient, reader_function
@@ -93,7 +93,7 @@ def our_subject(family: str) -> Subject:
 
 def place_of_work() -> tuple[str, str]:
     """The device that tensors are put on and the name of the backend."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not mode.interpreted():
         return "cuda", torch.cuda.get_device_name()
     return "cpu", "interpreter"
 
@@ -126,7 +126,7 @@ def compare(
         and (subject.differentiable or not prop.gradient)
     ]
     outcomes = []
-    with tqdm(jobs, file=sys.stderr, disable=not progress, unit="check", leave=False) as bar:
+    with tqdm(jobs, file=sys.stderr, disable=None if progress else True, unit="check", leave=False) as bar:
         for prop, function, dtype in bar:
             bar.set_description(f"{family} {prop.name} {function} {dtype}")
             outcomes.append(search(prop, family, function, dtype, subject, examples, number))

@@ -13,14 +13,14 @@ class Property:
     """``strategy(function, dtype, gpu)`` draws problems, ``check(subject, problem)`` returns verdicts.
 
     ``share`` is the part of the examples it gets (at least three; one if it is 0): relations need fewer than the comparison with
-    the reference. ``gradient`` says that it pulls cotangents back, ``ours_only`` that it looks inside our launch.
+    the reference. ``gradient`` says that it makes no sense without a gradient, ``ours_only`` that it looks inside our launch.
     """
 
     name: str
     functions: tuple[str, ...]
     strategy: Callable
     check: Callable[[Subject, Problem], list[Verdict]]
-    gradient: bool = True
+    gradient: bool = False
     ours_only: bool = False
     share: float = 1.0
 

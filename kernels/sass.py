@@ -1,6 +1,9 @@
 """Reading assembly: what instructions a compiled kernel holds, counted from text. Pure functions, no tools."""
 
+import bisect
+import itertools
 import re
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -25,6 +28,7 @@ class Counts:
 
 
 _CUDA_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+\S")
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]\w+)", re.MULTILINE)
 
 
@@ -87,6 +91,29 @@ def directive(listing: str, name: str) -> int:
     """The number an amdgcn listing states in its metadata, as `.vgpr_count: 24`; 0 where it is silent."""
     found = re.search(rf"^\s*\.{name}:\s*(\d+)", listing, re.MULTILINE)
     return int(found.group(1)) if found else 0
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in a cubin: the section of the ELF file whose name starts with .text."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    names = sections[names_index][4]
+    for name, _, _, _, offset, length in sections:
+        if cubin.startswith(b".text.", names + name):
+            return cubin[offset : offset + length]
+    raise ValueError("sass.machine_code: the cubin holds no .text section.")
+
+
+def cut(listing: str, lengths: list[int]) -> list[str]:
+    """Cut the listing of code laid end to end into the listings of its parts, by address."""
+    ends = list(itertools.accumulate(lengths))
+    parts: list[list[str]] = [[] for _ in lengths]
+    for line in listing.splitlines():
+        address = _ADDRESS.match(line)
+        if address:
+            parts[bisect.bisect_right(ends, int(address.group(1), 16))].append(line)
+    return ["\n".join(part) for part in parts]
 
 
 def resource_usage(text: str) -> dict[str, int]:

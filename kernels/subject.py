@@ -59,6 +59,9 @@ def execute(subject: Subject, problem: Problem, gradients: bool = True) -> Run:
     tensors = [p.tensor.detach().requires_grad_(gradients) for p in placed.values()]
     outputs = subject.functions[problem.function](*tensors, *problem.parameters.values())
     outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+    if len(outputs) != len(problem.cotangents) or not all(isinstance(o, torch.Tensor) for o in outputs):
+        wanted, found = ", ".join(problem.cotangents), ", ".join(type(o).__name__ for o in outputs)
+        raise TypeError(f"{problem.function} must return tensors ({wanted}), got ({found}).")
     held = list(placed.values())
     if not gradients:
         return Run([o.detach() for o in outputs], [None] * len(tensors), held)

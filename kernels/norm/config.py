@@ -7,13 +7,14 @@ compiles without spills (`python -m kernels compile norm`); where a GPU was at h
 is in `kernels/results/`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ELEMENTS_PER_THREAD = 16
 FORWARD_LIMIT = 16_384  # the longest row kept in registers: longer ones spill
 BACKWARD_LIMIT = 8_192
 ROW_TILE = 2_048  # short rows share a tile of this many elements
 ELEMENTS_PER_SM = 8_192
+AHEAD_LIMIT = 16_384  # bytes of a tile that is loaded ahead: three tensors of it must fit AMD's shared memory
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,35 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _warps(elements: int) -> int:
-    return min(max(elements // (32 * ELEMENTS_PER_THREAD), 1), 16)
-
-
-def _whole_rows(d: int, stages: int) -> Tile:
+def _whole_rows(d: int, row_tile: int = ROW_TILE, per_thread: int = ELEMENTS_PER_THREAD) -> Tile:
     block_d = max(next_power_of_two(d), 16)
-    block_rows = max(ROW_TILE // block_d, 1)
-    return Tile(block_rows, block_d, _warps(block_rows * block_d), stages)
+    block_rows = max(row_tile // block_d, 1)
+    warps = block_rows * block_d // (32 * per_thread)
+    return Tile(block_rows, block_d, min(max(warps, 4), 16))
 
 
 def forward_tile(d: int) -> Tile:
     """The forward's tile for rows of length d."""
-    return _whole_rows(d, stages=1) if d <= FORWARD_LIMIT else Tile(1, 8_192, 8)
+    return _whole_rows(d) if d <= FORWARD_LIMIT else Tile(1, 8_192, 8)
 
 
-def backward_plan(n_rows: int, d: int, itemsize: int, multiprocessors: int) -> BackwardPlan:
-    """The backward's tile and program count: fixed by the arguments, so two runs add in the same order."""
-    if d > BACKWARD_LIMIT:
-        strip = Tile(1, 2_048, 4, stages=2)
+def backward_plan(
+    n_rows: int, d: int, itemsize: int, multiprocessors: int, *, centred: bool, residual: bool
+) -> BackwardPlan:
+    """The backward's tile and program count: fixed by the arguments, so two runs add in the same order.
+
+    LayerNorm keeps two shares in registers and a residual branch loads a third tensor: both leave room for half
+    as many elements a thread, and together for half as long a row.
+    """
+    crowded = centred or residual
+    if d > BACKWARD_LIMIT // (2 if centred and residual else 1):
+        strip = Tile(1, 1_024 if crowded else 2_048, 4, stages=2)
         walkers = multiprocessors * ELEMENTS_PER_SM // strip.block_d // -(-d // strip.block_d)
         return BackwardPlan(strip, max(min(walkers, n_rows), 1), means=Tile(1, 4_096, 8))
-    tile = _whole_rows(d, stages=2 if itemsize == 2 else 1)
+    tile = _whole_rows(d, ROW_TILE // (2 if crowded else 1), ELEMENTS_PER_THREAD // (2 if centred else 1))
+    tile_bytes = tile.block_rows * tile.block_d * itemsize
+    deep = centred and residual and itemsize == 2  # where two stages happen to spill and three do not
+    tile = replace(tile, stages=1 if tile_bytes > AHEAD_LIMIT else 3 if deep else 2)
     per_sm = max(ELEMENTS_PER_SM // (tile.block_rows * tile.block_d), 1)
     return BackwardPlan(tile, max(min(multiprocessors * per_sm, -(-n_rows // tile.block_rows)), 1))
 

@@ -166,9 +166,7 @@ def _backward_kernel(
         rho = tl.load(RHO + rows, mask=present, other=0.0)[:, None]
         if CENTRED:
             x_hat -= tl.load(MEAN + rows, mask=present, other=0.0)[:, None]
-            x_hat = tl.where(mask, x_hat * rho, 0.0)
-        else:
-            x_hat *= rho
+        x_hat *= rho  # not 0 outside the mask, but dy and g are
 
         dg += dy * x_hat
         db += dy

@@ -78,7 +78,10 @@ def backward(
     db = None if shift_dtype is None else empty(g.shape, shift_dtype, g.device)
     if x.numel() == 0:
         return dx, dg.zero_(), None if db is None else db.zero_()
-    plan = plan or backward_plan(n_rows, d, x.element_size(), multiprocessors(x.device))
+    if plan is None:
+        plan = backward_plan(
+            n_rows, d, x.element_size(), multiprocessors(x.device), centred=mean is not None, residual=ds is not None
+        )
     tile = plan.tile
     shares_g = empty((plan.programs, d), torch.float32, x.device)
     shares_b = None if db is None else empty((plan.programs, d), torch.float32, x.device)

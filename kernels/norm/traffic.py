@@ -52,9 +52,9 @@ def backward_flops(n_rows: int, d: int, *, centred: bool, residual: bool, shift:
     return n_rows * d * (9 + 3 * centred + residual + shift)
 
 
-def _weight_bytes(tile: Tile, threads: int, weight_itemsize: int) -> int:
-    """One row of weights: every thread asks for at least 16 bytes, so short rows are asked for repeatedly."""
-    return max(tile.block_d * weight_itemsize, threads * 16)
+def _in_pieces(elements: int, itemsize: int, threads: int) -> int:
+    """A vector that all threads share is moved in 16-byte pieces only if it has one for each of them."""
+    return elements * itemsize if elements * itemsize >= 16 * threads else 0
 
 
 def issued_forward(
@@ -65,7 +65,7 @@ def issued_forward(
     A long row is a loop over tiles in each of two passes; an instruction in a loop counts once.
     """
     tile_bytes = tile.block_rows * tile.block_d * itemsize
-    weights = _weight_bytes(tile, threads, weight_itemsize) * (2 if shift else 1)
+    weights = _in_pieces(tile.block_d, weight_itemsize, threads) * (2 if shift else 1)
     reads = (2 if residual else 1) + long
     return reads * tile_bytes + weights, (2 if residual else 1) * tile_bytes
 
@@ -79,13 +79,13 @@ def issued_backward(
     """
     tile_bytes = tile.block_rows * tile.block_d * itemsize
     reads = (3 if residual else 2) * tile_bytes * max(tile.stages, 1)
-    shares = max(tile.block_d * 4, threads * 16) * (2 if shift else 1)
-    return reads + _weight_bytes(tile, threads, weight_itemsize), tile_bytes + shares
+    shares = _in_pieces(tile.block_d, 4, threads) * (2 if shift else 1)
+    return reads + _in_pieces(tile.block_d, weight_itemsize, threads), tile_bytes + shares
 
 
 def issued_means(tile: Tile, threads: int, itemsize: int, weight_itemsize: int) -> tuple[int, int]:
     """Bytes (read, written) in 16-byte pieces by one program of the first long backward kernel."""
-    return 2 * tile.block_d * itemsize + _weight_bytes(tile, threads, weight_itemsize), 0
+    return 2 * tile.block_d * itemsize + _in_pieces(tile.block_d, weight_itemsize, threads), 0
 
 
 def issued_sum(tile: Tile, *, shift: bool) -> tuple[int, int]:
