@@ -1,6 +1,7 @@
 r"""What every optimiser shares: adding shares of a gradient, clipping it, keeping state."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def add_shares(shares: Shares) -> list[np.ndarray]:
     Source: topics #8.
     """
     require(len(shares) > 0, "add_shares", "the gradients", "at least one share", "none")
-    return [sum(parts[1:], start=parts[0]) for parts in zip(*shares, strict=True)]
+    return [reduce(np.add, parts) for parts in zip(*shares, strict=True)]
 
 
 def clip_global_norm(
