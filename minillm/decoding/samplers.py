@@ -53,7 +53,7 @@ def keep_top_k(logits: Float[np.ndarray, "*B V"], k: int) -> Float[np.ndarray, "
     require_positive(k, "keep_top_k", "k", integer=True)
     if k >= logits.shape[-1]:
         return logits
-    return _keep_first(logits, _descending(logits), np.arange(logits.shape[-1]) < k)
+    return keep_first(logits, _descending(logits), np.arange(logits.shape[-1]) < k)
 
 
 def keep_top_p(logits: Float[np.ndarray, "*B V"], p: float) -> Float[np.ndarray, "*B V"]:
@@ -70,7 +70,7 @@ def keep_top_p(logits: Float[np.ndarray, "*B V"], p: float) -> Float[np.ndarray,
     order = _descending(logits)
     probs = np.take_along_axis(probabilities(logits), order, -1)
     before = probs.cumsum(-1) - probs  # the mass of everything more likely
-    return _keep_first(logits, order, before < p)
+    return keep_first(logits, order, before < p)
 
 
 def keep_min_p(logits: Float[np.ndarray, "*B V"], p: float) -> Float[np.ndarray, "*B V"]:
@@ -147,8 +147,8 @@ def _descending(logits: np.ndarray) -> np.ndarray:
     return np.argsort(-logits, axis=-1, kind="stable")
 
 
-def _keep_first(logits: np.ndarray, order: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Minus infinity except at those places of the order that are kept."""
+def keep_first(logits: np.ndarray, order: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The logits with minus infinity except at those places of an order that are kept."""
     mask = np.zeros(logits.shape, bool)
     np.put_along_axis(mask, order, np.broadcast_to(kept, logits.shape), -1)
     return np.where(mask, logits, logits.dtype.type(-np.inf))

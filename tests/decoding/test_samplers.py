@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from minillm.decoding.penalties import apply_penalties, keep_typical
 from minillm.decoding.samplers import (
     apply_temperature,
     greedy,
@@ -107,6 +108,41 @@ def test_min_p_keeps_what_is_at_least_that_share_of_the_largest():
     p = probabilities(logits)
     np.testing.assert_array_equal(np.isfinite(keep_min_p(logits, 0.1)), p >= 0.1 * p.max(-1, keepdims=True))
     assert keep_min_p(logits, 0.0) is logits
+
+
+@pytest.mark.equation("sample-penalties")
+@pytest.mark.parametrize("mass", [0.2, 0.6, 0.95])
+def test_typical_sampling_is_that_of_transformers(mass):
+    torch = pytest.importorskip("torch")
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    for seed in range(10):
+        logits = random_logits(seed)
+        theirs = warpers.TypicalLogitsWarper(mass)(None, torch.from_numpy(logits)).numpy()
+        np.testing.assert_array_equal(keep_typical(logits, mass), theirs)
+    assert keep_typical(logits, 1.0) is logits
+
+
+@pytest.mark.equation("sample-penalties")
+def test_penalties_are_those_of_transformers_and_of_the_definition():
+    torch = pytest.importorskip("torch")
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits, text = random_logits(0), np.random.default_rng(1).integers(0, 11, size=(5, 6))
+    counts = np.stack([np.bincount(row, minlength=11) for row in text])
+    theirs = warpers.RepetitionPenaltyLogitsProcessor(1.7)(torch.from_numpy(text), torch.from_numpy(logits.copy()))
+    np.testing.assert_allclose(apply_penalties(logits, counts, repetition=1.7), theirs.numpy(), rtol=1e-6)
+    penalised = apply_penalties(logits, counts, frequency=0.3, presence=0.5)
+    np.testing.assert_allclose(penalised, logits - 0.3 * counts - 0.5 * (counts > 0), rtol=1e-5)
+    np.testing.assert_array_equal(apply_penalties(logits, counts), logits)  # neutral values
+
+
+def test_penalties_out_of_range_are_refused():
+    logits, counts = random_logits(0), np.zeros((5, 11), int)
+    with pytest.raises(ValueError, match="repetition must be a positive number"):
+        apply_penalties(logits, counts, repetition=0.0)
+    with pytest.raises(ValueError, match=r"counts must be of shape \(5, 11\)"):
+        apply_penalties(logits, counts[:2])
+    with pytest.raises(ValueError, match=r"mass must be in \(0, 1\]"):
+        keep_typical(logits, 0.0)
 
 
 @pytest.mark.equation("sample-combine")
