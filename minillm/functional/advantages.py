@@ -103,9 +103,7 @@ def rloo_advantage(rewards: Real[Array, "*P G"]) -> Groups:
 ADVANTAGES = ("std", "mean", "rloo", "batch-std")
 
 
-def group_advantage(
-    rewards: Real[Array, "*P G"], kind: str = "std", ddof: int = 0, eps: float = 1e-6
-) -> Groups:
+def group_advantage(rewards: Real[Array, "*P G"], kind: str = "std", ddof: int = 0, eps: float = 1e-6) -> Groups:
     r"""One of the group advantages by name; ``batch-std`` divides by the standard deviation of all rewards
     together.
 

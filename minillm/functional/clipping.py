@@ -21,9 +21,7 @@ LEVELS = ("token", "sequence", "sequence-mean")
 def draw_log_ratios(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Log-ratios well inside or well outside the clip range of 0.2, for examples where the clip is smooth."""
     sign = rng.choice([-1.0, 1.0], size=shape)
-    return sign * np.where(
-        rng.random(shape) < 0.5, rng.uniform(0.0, 0.12, shape), rng.uniform(0.35, 0.9, shape)
-    )
+    return sign * np.where(rng.random(shape) < 0.5, rng.uniform(0.0, 0.12, shape), rng.uniform(0.35, 0.9, shape))
 
 
 def _example_ratio(rng):
@@ -70,9 +68,7 @@ def importance_ratio(logprobs: Float[Array, "*B"], old_logprobs: Float[Array, "*
 
 
 @written("sequence_ratio", example=_example_sequence)
-def sequence_ratio(
-    logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Any
-) -> Float[Tensor, " B"]:
+def sequence_ratio(logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Any) -> Float[Tensor, " B"]:
     r"""The ratio of whole responses: the product of their token ratios.
 
     Equation: `grpo-ratio-sequence` $\rho_i=\frac{\pi_\theta(a^i\mid x)}{\pi_{\rm old}(a^i\mid
@@ -103,9 +99,7 @@ def sequence_mean_ratio(
 
 
 @written("masked_log_ratio", example=_example_sequence)
-def masked_log_ratio(
-    logprobs: Array, old_logprobs: Array, mask: Any, where_: str = "masked_log_ratio"
-) -> Tensor:
+def masked_log_ratio(logprobs: Array, old_logprobs: Array, mask: Any, where_: str = "masked_log_ratio") -> Tensor:
     """Log-ratios with 0 at dropped tokens, whatever these hold."""
     current = as_tensor(logprobs)
     keep = kept_positions(mask, current.shape, where_)
@@ -170,9 +164,7 @@ def clip_term(
 
 
 @written("clip_term_g", example=_example_term)
-def clip_term_g(
-    ratio: Float[Array, "*#B"], advantages: Float[Array, "*#B"], clip: float = 0.2
-) -> Float[Tensor, "..."]:
+def clip_term_g(ratio: Float[Array, "*#B"], advantages: Float[Array, "*#B"], clip: float = 0.2) -> Float[Tensor, "..."]:
     r"""The same term by the bound g that the product may not exceed.
 
     Equation: `ppo-clip-g` $\min(\rho A,g(\varepsilon,A))$, $g=(1+\varepsilon)A$ if $A\ge0$, else

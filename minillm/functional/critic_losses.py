@@ -63,9 +63,7 @@ def critic_loss_rm(values: Float[Array, "B T"], scores: Float[Array, " B"], mask
     Differs: the score is that of the complete response, for all its prefixes (erratum 58).
     """
     final = frozen(scores)
-    require(
-        final.shape == values.shape[:1], "critic_loss_rm", "scores", f"of shape {values.shape[:1]}", final
-    )
+    require(final.shape == values.shape[:1], "critic_loss_rm", "scores", f"of shape {values.shape[:1]}", final)
     return critic_loss(values, np.broadcast_to(final[:, None], values.shape), mask)
 
 

@@ -17,9 +17,7 @@ from minillm.functional.softmax import log_softmax, softmax
 def check_distribution(where_: str, what: str, p: Tensor) -> None:
     """Refuse a last axis that is not a distribution: negative, NaN, or with a sum away from 1."""
     good = p.ndim >= 1 and bool(np.all(p.data >= 0)) and bool(np.all(np.abs(p.data.sum(-1) - 1) < 1e-3))
-    require(
-        good, where_, what, "non-negative with sum 1 along the last axis", p, "Apply softmax to logits first."
-    )
+    require(good, where_, what, "non-negative with sum 1 along the last axis", p, "Apply softmax to logits first.")
 
 
 def _distribution(rng, *shape: int) -> np.ndarray:
@@ -94,9 +92,7 @@ def tempered_softmax(z: Float[Tensor, "*B n"], temperature: float) -> Float[Tens
     Raises: ValueError if the temperature is negative.
     Source: notes §10.5; topics #9.
     """
-    require(
-        temperature >= 0, "tempered_softmax", "the temperature", "at least 0 (infinity allowed)", temperature
-    )
+    require(temperature >= 0, "tempered_softmax", "the temperature", "at least 0 (infinity allowed)", temperature)
     if temperature == 0:
         largest = z.data == z.data.max(-1, keepdims=True, initial=-np.inf)
         return Tensor((largest / largest.sum(-1, keepdims=True)).astype(z.dtype))
@@ -226,9 +222,7 @@ def kl_gaussian(
     Source: topics #3.
     """
     positive = bool(np.all(std_p.data > 0) and np.all(std_q.data > 0))
-    require(
-        positive, "kl_gaussian", "standard deviations", "positive", f"{std_p.tolist()} and {std_q.tolist()}"
-    )
+    require(positive, "kl_gaussian", "standard deviations", "positive", f"{std_p.tolist()} and {std_q.tolist()}")
     gap = mean_p - mean_q
     return (std_q / std_p).log() + (std_p * std_p + gap * gap) / (std_q * std_q * 2.0) - 0.5
 

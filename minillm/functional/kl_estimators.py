@@ -75,9 +75,7 @@ def kl_estimator_k3(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B
 
 
 @written("kl_estimator_k3_inverted", example=_example)
-def kl_estimator_k3_inverted(
-    logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]
-) -> Float[Tensor, "*B"]:
+def kl_estimator_k3_inverted(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Float[Tensor, "*B"]:
     r"""The inverted k3 of the slide, kept to show what it estimates: never used in a loss.
 
     Equation: `kl-estimator-k3-inverted` $v-1-\log v,\ v=\frac{\pi_\theta}{\pi_{\rm ref}}$; mean

@@ -102,9 +102,7 @@ def empirical_distribution(ids: Int[Array, " n"], vocabulary: int) -> Float[np.n
     array = frozen(ids)
     require(array.size > 0, "empirical_distribution", "ids", "at least one", array)
     inside = bool(np.all((array >= 0) & (array < vocabulary)))
-    require(
-        inside, "empirical_distribution", "ids", f"in [0, {vocabulary})", array.tolist(), error=IndexError
-    )
+    require(inside, "empirical_distribution", "ids", f"in [0, {vocabulary})", array.tolist(), error=IndexError)
     return np.bincount(array, minlength=vocabulary) / array.size
 
 

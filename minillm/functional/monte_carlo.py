@@ -72,15 +72,11 @@ def importance_sampling(
     """
     values = _samples("importance_sampling", "f", f)
     possible = bool(np.all(np.asarray(log_q) > -np.inf))
-    require(
-        possible, "importance_sampling", "log_q", "finite at samples drawn from q", np.asarray(log_q).tolist()
-    )
+    require(possible, "importance_sampling", "log_q", "finite at samples drawn from q", np.asarray(log_q).tolist())
     return expectation_mc(np.exp(np.asarray(log_p) - np.asarray(log_q)) * values)
 
 
-def self_normalised_importance_sampling(
-    f: Float[np.ndarray, " n"], log_w: Float[np.ndarray, " n"]
-) -> Estimate:
+def self_normalised_importance_sampling(f: Float[np.ndarray, " n"], log_w: Float[np.ndarray, " n"]) -> Estimate:
     r"""The same with weights known up to a constant: consistent, with a bias that falls as one over their
     number.
 
@@ -102,9 +98,7 @@ def self_normalised_importance_sampling(
     return Estimate(value, float(np.sqrt(np.sum((weights * (values - value)) ** 2))))
 
 
-def sample_inverse_cdf(
-    p: Float[np.ndarray, " n"], size: int, rng: np.random.Generator
-) -> Int[np.ndarray, " size"]:
+def sample_inverse_cdf(p: Float[np.ndarray, " n"], size: int, rng: np.random.Generator) -> Int[np.ndarray, " size"]:
     r"""Draw categories by where a uniform number falls among the cumulated probabilities.
 
     Equation: `sampling-algorithms` inverse CDF: $x=\min\{k:\sum_{j\le k}p_j>U\}$
@@ -116,9 +110,7 @@ def sample_inverse_cdf(
     return np.minimum(draws, np.flatnonzero(p)[-1])  # rounding may leave the last edge below 1
 
 
-def sample_gumbel_max(
-    z: Float[np.ndarray, " n"], size: int, rng: np.random.Generator
-) -> Int[np.ndarray, " size"]:
+def sample_gumbel_max(z: Float[np.ndarray, " n"], size: int, rng: np.random.Generator) -> Int[np.ndarray, " size"]:
     r"""Draw from softmax(z) without computing it: the largest of logits plus Gumbel noise.
 
     Equation: `sampling-algorithms` Gumbel-max: $\arg\max_i(z_i+g_i),\ g_i=-\log(-\log U_i)$

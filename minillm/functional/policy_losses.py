@@ -191,9 +191,7 @@ def penalised_loss(
 
     ``current`` and ``old`` hold 0 at dropped tokens; ``how`` is the reduction. `grpo_loss` explains the rest.
     """
-    require(
-        beta == 0 or ref_logprobs is not None, name, "ref_logprobs", "given when beta is not 0", ref_logprobs
-    )
+    require(beta == 0 or ref_logprobs is not None, name, "ref_logprobs", "given when beta is not 0", ref_logprobs)
     require(
         entropy_coef == 0 or entropies is not None,
         name,

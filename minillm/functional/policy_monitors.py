@@ -75,9 +75,7 @@ def _example(rng):
 
 
 @written("trpo_kl_sample", example=_example)
-def trpo_kl_sample(
-    logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Any
-) -> Float[Tensor, ""]:
+def trpo_kl_sample(logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], mask: Any) -> Float[Tensor, ""]:
     r"""TRPO's constraint as a mean over samples of the old policy.
 
     Equation: `trpo-kl-sample` $\mathbb E_{a\sim\pi_{\rm old}}[\log\pi_{\rm old}-\log\pi_\theta]=D_{\rm

@@ -84,9 +84,7 @@ def cispo_loss(
     low, high = clip_range("cispo_loss", 1.0 if clip_low is None else clip_low, clip_high)
     term = current * (np.clip(ratio, low, high) * a)
     clipped = (keep & (ratio < low), keep & (ratio > high))
-    return penalised_loss(
-        "cispo_loss", term, current, old, keep, clipped, ref_logprobs, reduction=reduction, **options
-    )
+    return penalised_loss("cispo_loss", term, current, old, keep, clipped, ref_logprobs, reduction=reduction, **options)
 
 
 def tis_weights(

@@ -35,11 +35,7 @@ def _steps(where: str, what: str, value: Any, like: np.ndarray | None = None) ->
 
 
 def _flags(where: str, what: str, value: Any, like: np.ndarray) -> np.ndarray:
-    return (
-        np.zeros(like.shape, bool)
-        if value is None
-        else kept_positions(value, like.shape, f"{where} ({what})")
-    )
+    return np.zeros(like.shape, bool) if value is None else kept_positions(value, like.shape, f"{where} ({what})")
 
 
 def done_flags(terminated: Any, truncated: Any) -> Bool[np.ndarray, "*B T"]:
@@ -116,9 +112,7 @@ def td_residual(
     return r + gamma * np.where(_flags("td_residual", "terminated", terminated, r), 0, following) - v
 
 
-def n_step_advantage(
-    rewards: Real[Array, "*B T"], values: Float[Array, "*B T"], n: int, gamma: float = 1.0
-) -> Steps:
+def n_step_advantage(rewards: Real[Array, "*B T"], values: Float[Array, "*B T"], n: int, gamma: float = 1.0) -> Steps:
     r"""n rewards and then the value, minus the value now; for one episode that ends with the last step.
 
     Equation: `n-step-advantage` $\hat A^{(n)}_t=\sum_{l<n}\gamma^lr_{t+l}+\gamma^nV(s_{t+n})-V(s_t)$
@@ -184,9 +178,7 @@ def gae_from_n_steps(
     r = _steps("gae_from_n_steps", "rewards", rewards)
     length = r.shape[-1]
     terms = [n_step_advantage(r, values, n, gamma) for n in range(1, length + 1)]
-    average = sum(
-        ((1 - lam) * lam ** (n - 1) * term for n, term in enumerate(terms[:-1], start=1)), np.zeros_like(r)
-    )
+    average = sum(((1 - lam) * lam ** (n - 1) * term for n, term in enumerate(terms[:-1], start=1)), np.zeros_like(r))
     return average + lam ** (length - 1) * terms[-1] if length else r
 
 

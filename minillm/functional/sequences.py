@@ -67,7 +67,5 @@ def sequence_kl(
     )
     taken = log_softmax(logits).gather(-1, ids[..., None]).squeeze(-1)  # (n, L)
     taken_ref = log_softmax(ref_logits).gather(-1, ids[..., None]).squeeze(-1)
-    per_sequence = (
-        kl_token_exact(logits, ref_logits).sum(-1) if per_token else (taken - taken_ref).sum(-1)
-    )  # (n,)
+    per_sequence = kl_token_exact(logits, ref_logits).sum(-1) if per_token else (taken - taken_ref).sum(-1)  # (n,)
     return (taken.sum(-1).exp() * per_sequence).sum()
