@@ -38,7 +38,8 @@ STYLE: dict[str, Any] = {
 
 def use_style() -> None:
     """Make the house style the default of this process (lessons call it once, at the top)."""
-    matplotlib.rcParams.update(STYLE)
+    for name, value in STYLE.items():
+        matplotlib.rcParams[name] = value  # type: ignore[index]
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=list(CYCLE))  # type: ignore[attr-defined]
 
 

@@ -102,9 +102,7 @@ def _one_precision(name: str, args: tuple) -> tuple:
     dtype = _precision(name, args)
     if dtype is None:
         return args
-    return tuple(
-        a.astype(dtype, copy=False) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args
-    )
+    return tuple(a.astype(dtype, copy=False) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args)
 
 
 def _same_precision(name: str, args: tuple) -> tuple:
@@ -172,11 +170,18 @@ class Derived:
 
     def pull(self, node: Node, slots: list, create_graph: bool) -> Any:
         """Map cotangents to gradients by the hand-derived VJP, or through the as-written form."""
-        if not create_graph:
+        if not create_graph and node.vjp is not None:
             gradients = node.vjp(*slots)
             gradients = gradients if isinstance(gradients, tuple) else (gradients,)
             return gradients + (None,) * (len(node.inputs) - len(gradients))
         return self._pull_through_written(node, slots)
+
+    def _twin(self) -> Callable:
+        """The as-written form of the same function."""
+        written = registry.row(self.name).written
+        if written is None:
+            raise RuntimeError(f"{self.name}: gradients of gradients need an as-written form, and there is none.")
+        return written
 
     def _pull_through_written(self, node: Node, slots: list) -> list:
         """Differentiate the as-written twin, whose VJPs are primitives, so that gradients have a graph.
@@ -185,7 +190,7 @@ class Derived:
         stream and its branch in a residual block) must receive its own share here, and not the other's too.
         """
         inputs = [alias(t) if getattr(t, "requires_grad", False) else t for t in node.inputs]
-        outputs = registry.row(self.name).written(*inputs, **node.params)
+        outputs = self._twin()(*inputs, **node.params)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, s) for o, s in zip(outputs, slots, strict=True) if s is not None and o.requires_grad]
         taps = [t for t in inputs if getattr(t, "requires_grad", False)]

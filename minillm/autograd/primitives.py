@@ -63,7 +63,13 @@ add = primitive(
     "add", np.add, lambda g, out, x, y: g, lambda g, out, x, y: g, broadcasts=True, example=_pair(), doc="$x+y$"
 )
 subtract = primitive(
-    "subtract", np.subtract, lambda g, out, x, y: g, lambda g, out, x, y: -g, broadcasts=True, example=_pair(), doc="$x-y$"
+    "subtract",
+    np.subtract,
+    lambda g, out, x, y: g,
+    lambda g, out, x, y: -g,
+    broadcasts=True,
+    example=_pair(),
+    doc="$x-y$",
 )
 multiply = primitive(
     "multiply",
@@ -389,7 +395,11 @@ getitem = primitive(
     lambda g, out, x, index: scatter_add(g, shape=x.shape, index=index),
     example=lambda rng: (
         (rng.normal(size=(4, 3)),),
-        {"index": [np.s_[1:3], np.s_[::-1, 0], np.array([0, 2, 2]), (np.array([1, 1]), np.array([0, 2]))][rng.integers(4)]},
+        {
+            "index": [np.s_[1:3], np.s_[::-1, 0], np.array([0, 2, 2]), (np.array([1, 1]), np.array([0, 2]))][
+                rng.integers(4)
+            ]
+        },
     ),
     doc="Elements picked by any NumPy index",
 )

@@ -182,7 +182,8 @@ def propagate(
     cotangents: dict[Node, list[Any]] = {}
     tapped: dict[Node, list[Any]] = {}
     for tensor in taps:
-        tapped.setdefault(tensor.node, []).append(tensor)
+        if tensor.node is not None:
+            tapped.setdefault(tensor.node, []).append(tensor)
 
     def deliver(tensor: Any, cotangent: Any) -> None:
         node = tensor.node
@@ -293,10 +294,9 @@ def grad(
     Inputs may be leaves or results. With ``create_graph=True`` the gradients are tensors with a graph of
     their own and can be differentiated again.
     """
-    single = not isinstance(inputs, list | tuple)
-    wanted = [inputs] if single else list(inputs)
-    roots = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
-    several = isinstance(outputs, list | tuple)
+    single, several = isinstance(inputs, Variable), not isinstance(outputs, Variable)
+    wanted: list[Variable] = [inputs] if isinstance(inputs, Variable) else list(inputs)
+    roots: list[Variable] = [outputs] if isinstance(outputs, Variable) else list(outputs)
     given = [None] * len(roots) if grad_outputs is None else list(grad_outputs) if several else [grad_outputs]
     wanted_count = f"one for each of {len(roots)} outputs"
     require(len(given) == len(roots), "grad", "grad_outputs", wanted_count, f"{len(given)}")

@@ -45,7 +45,9 @@ class Tensor(Variable):
                 + " Pass dtype=np.float32 to convert."
             )
         if requires_grad and array.dtype.kind != "f":
-            raise TypeError(message("Tensor", "the elements", "floating point when requires_grad=True", f"{array.dtype}"))
+            raise TypeError(
+                message("Tensor", "the elements", "floating point when requires_grad=True", f"{array.dtype}")
+            )
         self.data = array
         self.grad = None
         self.requires_grad = requires_grad

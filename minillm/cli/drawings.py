@@ -130,7 +130,7 @@ def _checks(axes: Axes, shares: list[float], title: str, what: str) -> None:
     """A histogram of measured over allowed; everything right of 1 would be a failure."""
     floor = 1e-6
     values = np.maximum(np.asarray(shares, dtype=float), floor)
-    edges = np.logspace(-6, 1, 29)
+    edges = np.logspace(-6, 1, 29).tolist()
     axes.hist(values, bins=edges, color=BLUE)
     axes.axvline(1, color=VERMILION, linewidth=1.8)
     axes.text(1.15, axes.get_ylim()[1] * 0.93, "fails", color=VERMILION, fontsize=10)

@@ -7,6 +7,7 @@ a gated feed-forward network, no biases, and an output matrix of its own or shar
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,13 +51,8 @@ class DecoderConfig:
             "an even integer (rotary positions turn pairs)",
             f"{self.d_model} / {self.n_heads}",
         )
-        require(
-            self.n_heads % self.n_kv_heads == 0,
-            "DecoderConfig",
-            "n_kv_heads",
-            f"a divisor of n_heads = {self.n_heads}",
-            self.n_kv_heads,
-        )  # type: ignore[operator]
+        divides = self.n_heads % (self.n_kv_heads or self.n_heads) == 0
+        require(divides, "DecoderConfig", "n_kv_heads", f"a divisor of n_heads = {self.n_heads}", self.n_kv_heads)
         require_one_of(self.rope_pairing, PAIRINGS, "DecoderConfig", "rope_pairing")
         require_positive(self.norm_eps, "DecoderConfig", "norm_eps")
         require_positive(self.init_std, "DecoderConfig", "init_std")
@@ -145,8 +141,8 @@ class Decoder(Module):
         )
         return KVCache(c.n_layers, batch, c.n_kv_heads or c.n_heads, capacity, c.d_head, self.embedding.weight.dtype)
 
-    def _positions(self, ids: np.ndarray, cache: KVCache | None) -> np.ndarray:
-        ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
+    def _positions(self, given: Any, cache: KVCache | None) -> np.ndarray:
+        ids = np.asarray(given.data if isinstance(given, Tensor) else given)
         require(ids.ndim == 2 and ids.shape[1] > 0, "Decoder", "the ids", "of shape (B, L) with L >= 1", ids)
         if cache is not None:
             require(cache.keys.shape[1] == len(ids), "Decoder", "the batch", f"the cache's, {cache.keys.shape[1]}", ids)

@@ -1,5 +1,7 @@
 r"""The key/value cache of incremental decoding."""
 
+from typing import Any
+
 import numpy as np
 
 from minillm.checks import require, require_positive
@@ -16,7 +18,7 @@ class KVCache:
     Differs: all cached positions stay usable while the context grows (erratum 43).
     """
 
-    def __init__(self, n_layers: int, batch: int, n_kv_heads: int, capacity: int, d_head: int, dtype=np.float32):
+    def __init__(self, n_layers: int, batch: int, n_kv_heads: int, capacity: int, d_head: int, dtype: Any = np.float32):
         for name, value in (("batch", batch), ("capacity", capacity)):
             require_positive(value, "KVCache", name, integer=True)
         shape = (n_layers, batch, n_kv_heads, capacity, d_head)
