@@ -22,20 +22,29 @@ TOKENIZERS = ("bytes", "bpe")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which text, how much of it is held out, and how it becomes tokens."""
+    """Which text, how much of it is held out, and how it becomes tokens. What does not apply becomes None."""
 
     data: str = "python-docs"
     held_out: float = 0.1
-    tokenizer: str = "bytes"
-    vocab_size: int = 1024
-    synthetic_tokens: int = 400_000
+    tokenizer: str | None = "bytes"
+    vocab_size: int | None = 1024
+    synthetic_tokens: int | None = 400_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_one_of(self.tokenizer, TOKENIZERS, "DataSettings", "tokenizer")
         require(0 < self.held_out < 1, "DataSettings", "held_out", "between 0 and 1", self.held_out)
-        require_positive(self.vocab_size, "DataSettings", "vocab_size", integer=True)
-        require_positive(self.synthetic_tokens, "DataSettings", "synthetic_tokens", integer=True)
+        synthetic = self.data == "synthetic"
+        for name, applies in (
+            ("tokenizer", not synthetic),
+            ("vocab_size", not synthetic and self.tokenizer == "bpe"),
+            ("synthetic_tokens", synthetic),
+        ):
+            if not applies:
+                object.__setattr__(self, name, None)
+            elif name == "tokenizer":
+                require_one_of(self.tokenizer, TOKENIZERS, "DataSettings", "tokenizer")
+            else:
+                require_positive(getattr(self, name), "DataSettings", name, integer=True)
 
     def to_dict(self) -> dict:
         """The settings as plain data."""
@@ -61,12 +70,12 @@ def read_corpus(settings: DataSettings) -> Corpus:
     """
     if settings.data == "synthetic":
         source = bracket_source()
-        ids = source.sample(np.random.default_rng([settings.seed, 2]), settings.synthetic_tokens)
+        ids = source.sample(np.random.default_rng([settings.seed, 2]), settings.synthetic_tokens or 0)
         return Corpus(*split_held_out(ids, settings.held_out), source.vocab_size, source=source)
     text = python_docs_text() if settings.data == "python-docs" else load_text(settings.data)
     train, held_out = split_held_out(text, settings.held_out)
-    bpe = settings.tokenizer == "bpe"
-    tokenizer = BPETokenizer.train(train, settings.vocab_size, specials=()) if bpe else ByteTokenizer()
+    learnt = settings.vocab_size
+    tokenizer = ByteTokenizer() if learnt is None else BPETokenizer.train(train, learnt, specials=())
     return Corpus(
         tokenizer.encode(train),
         tokenizer.encode(held_out),
