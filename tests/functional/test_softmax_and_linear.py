@@ -79,6 +79,14 @@ def test_an_impossible_choice_has_probability_zero(form):
 
 
 @BOTH
+@pytest.mark.equation("logsumexp")
+def test_a_sum_of_nothing_possible_is_zero_and_its_logarithm_minus_infinity(form):
+    z = Tensor(np.array([[-np.inf, -np.inf], [0.0, -np.inf]]))
+    with np.errstate(divide="ignore"):
+        assert form.logsumexp(z).tolist() == [-np.inf, 0.0]
+
+
+@BOTH
 @pytest.mark.equation("gather-logprob", "log-softmax")
 @settings(max_examples=25)
 @given(data=st.data(), shape=st.sampled_from([(2, 3, 5), (4, 2), (3,), (0, 4), (2, 1, 1)]))

@@ -143,9 +143,7 @@ def judge_all(chosen: list[tuple[str, Mutant]], jobs: int) -> list[Verdict]:
             answers = workers.judge(tasks, bar)
     finally:
         workers.close()
-    return [
-        Verdict(m, area, answers[i]["killed_by"], answers[i]["seconds"]) for i, (area, m) in enumerate(chosen)
-    ]
+    return [Verdict(m, area, answers[i]["killed_by"], answers[i]["seconds"]) for i, (area, m) in enumerate(chosen)]
 
 
 def score_of(verdicts: list[Verdict], known: dict) -> dict:
@@ -234,7 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.verbose:
         for v in verdicts:
             change = f"{v.mutant.original!r} -> {v.mutant.mutated!r}"
-            print(f"{v.mutant.path}:{v.mutant.line}: {change}: {v.killed_by or 'SURVIVED'} ({v.seconds:.1f} s)", file=sys.stderr)
+            print(
+                f"{v.mutant.path}:{v.mutant.line}: {change}: {v.killed_by or 'SURVIVED'} ({v.seconds:.1f} s)",
+                file=sys.stderr,
+            )
     score = score_of(verdicts, equivalents())
     page = as_markdown(score)
     if args.sample is None and not args.only:

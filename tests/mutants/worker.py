@@ -48,7 +48,9 @@ def test_files(path: str) -> list[str]:
     """The test files that name the module, those of its own package first and short ones before long ones."""
     package, name = path.split("/")[-2], Path(path).stem
     if package == "autograd":
-        found = [ROOT / f"tests/autograd/test_{n}.py" for n in ("primitives", "tensor", "precision", "higher_order", "tape")]
+        found = [
+            ROOT / f"tests/autograd/test_{n}.py" for n in ("primitives", "tensor", "precision", "higher_order", "tape")
+        ]
         return [str(f.relative_to(ROOT)) for f in found]
     imported = re.compile(rf"\b(functional|fused)(\.| import .*\b){name}\b|\bimport .*\b{name}\b", re.MULTILINE)
     found = [
@@ -91,7 +93,9 @@ def check_registry(path: str, function: str) -> None:
                     name=name, kind=kind, seed=seed, layout="reversed"
                 )
             if kind == "primitive":
-                inner(walk.test_the_gradient_of_the_gradient_is_that_of_finite_differences)(name=name, kind=kind, seed=0)
+                inner(walk.test_the_gradient_of_the_gradient_is_that_of_finite_differences)(
+                    name=name, kind=kind, seed=0
+                )
 
 
 def check_tests(path: str) -> str:

@@ -1,0 +1,92 @@
+"""The fused attention however its work is cut, and its cached form: both equal the equation as written."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.autograd import Tensor, no_grad
+from minillm.functional import attention as written
+from minillm.functional.positions import rotation_angles
+from minillm.fused import attention as fused
+from minillm.nn.cache import KVCache
+from tests import forms, strategies
+
+
+def problem(seed: int, B: int, L: int, H: int, H_kv: int, pairing: str):
+    rng = np.random.default_rng(seed)
+    how = {"angles": rotation_angles(np.arange(L), 4, 100.0), "H": H, "H_kv": H_kv, "pairing": pairing}
+    return rng.normal(size=(B, L, (H + 2 * H_kv) * 4)), how
+
+
+@pytest.mark.equation("mha", "gqa")
+@settings(max_examples=20)
+@given(
+    seed=strategies.seeds(),
+    B=st.integers(1, 5),
+    L=st.integers(1, 9),
+    heads=st.sampled_from([(2, 2), (4, 2), (2, 1)]),
+    block=st.integers(1, 4),
+    group=st.integers(1, 3),
+    pairing=st.sampled_from(["interleaved", "half"]),
+)
+def test_groups_of_sequences_and_blocks_of_queries_do_not_show(seed, B, L, heads, block, group, pairing):
+    """Sizes that a real run reaches only with long contexts and large batches, made small here."""
+    H, H_kv = heads
+    qkv, how = problem(seed, B, L, H, H_kv, pairing)
+    wanted = forms.evaluate(written.rotary_attention, (qkv,), how)
+    before = fused.QUERY_BLOCK, fused.GROUP_BYTES
+    actual_block = block if 3 * block // 2 < L else L
+    try:
+        fused.QUERY_BLOCK, fused.GROUP_BYTES = block, group * H * L * actual_block * qkv.itemsize
+        assert len({rows.start for rows, _ in fused._tasks(B, L, H, qkv.itemsize)}) == -(-B // group)
+        found = forms.evaluate(fused.rotary_attention, (qkv,), how)
+    finally:
+        fused.QUERY_BLOCK, fused.GROUP_BYTES = before
+    for a, b in zip(found.arrays, wanted.arrays, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.equation("kv-cache", "gqa")
+@settings(max_examples=20)
+@given(
+    seed=strategies.seeds(),
+    pieces=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    heads=st.sampled_from([(2, 2), (4, 2), (2, 1)]),
+    pairing=st.sampled_from(["interleaved", "half"]),
+    layer=st.integers(0, 1),
+)
+def test_attention_in_pieces_through_the_cache_is_attention_at_once(seed, pieces, heads, pairing, layer):
+    H, H_kv = heads
+    L = sum(pieces)
+    qkv, how = problem(seed, 2, L, H, H_kv, pairing)
+    whole = written.rotary_attention(Tensor(qkv), **how).data
+    cache = KVCache(2, 2, H_kv, L, 4, np.float64)
+    start = 0
+    for piece in pieces:
+        rows = slice(start, start + piece)
+        with no_grad():
+            part = fused.cached_attention(
+                Tensor(qkv[:, rows]), how["angles"][rows], cache, layer, H=H, H_kv=H_kv, pairing=pairing
+            )
+        cache.advance(piece)
+        np.testing.assert_allclose(part.data, whole[:, rows], atol=1e-12)
+        start += piece
+
+
+@pytest.mark.equation("kv-cache")
+def test_cached_attention_of_large_scores_does_not_overflow():
+    qkv, how = problem(0, 1, 3, 1, 1, "interleaved")
+    qkv *= 100
+    cache = KVCache(1, 1, 1, 3, 4, np.float64)
+    with no_grad():
+        found = fused.cached_attention(Tensor(qkv), how["angles"], cache, 0, H=1, H_kv=1)
+    np.testing.assert_allclose(found.data, written.rotary_attention(Tensor(qkv), **how).data, atol=1e-12)
+
+
+def test_cached_attention_refuses_to_be_differentiated():
+    qkv, how = problem(0, 1, 2, 1, 1, "interleaved")
+    with pytest.raises(RuntimeError, match="decoding with a cache has no gradient"):
+        fused.cached_attention(
+            Tensor(qkv, requires_grad=True), how["angles"], KVCache(1, 1, 1, 2, 4, np.float64), 0, H=1, H_kv=1
+        )
