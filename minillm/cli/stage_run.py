@@ -106,7 +106,7 @@ def run_stage(stage: Stage, args: argparse.Namespace) -> int:
         require_positive(args.seconds, name, "--seconds")
     args.out.mkdir(parents=True, exist_ok=True)
     log = MetricsLog(args.out / "metrics.jsonl")
-    log.rewind(stage.done if args.resume else -1)
+    log.rewind(stage.done if stage.done else -1)  # a run that stopped at 0 looks again
     write_json(args.out / "config.json", stage.effective_config)
     tell = sys.stderr if args.json else sys.stdout
     for part, values in stage.effective_config.items():
