@@ -15,16 +15,20 @@ def loss_curve(axes: Axes, text: dict) -> None:
     """Bits per byte over training, with the compressors that a reader knows as landmarks."""
     for key, style in (
         ("train", {"color": BLUE, "alpha": 0.35, "label": "training batches"}),
-        ("held_out", {"color": BLUE, "marker": "o", "markersize": 4, "label": "held out"}),
+        ("held_out", {"color": BLUE, "marker": "o", "markersize": 4, "label": "held out, a part"}),
     ):
         points = [(point["step"], point[key]) for point in text["curve"] if point.get(key) is not None]
         axes.plot(*zip(*points, strict=True), **style)
-    for bits, names in _landmarks(text["compressors"]):
+    for i, (bits, names) in enumerate(reversed(_landmarks(text["compressors"]))):
         axes.axhline(bits, color=GREY, linestyle=":", linewidth=1.2)
         axes.text(
-            0.99, bits, f"{names}  {bits:.2f}", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
-            fontsize=8.5, color=GREY,
+            0.01, bits, f"{names}  {bits:.2f}", transform=axes.get_yaxis_transform(), ha="left",
+            va="bottom" if i == 0 else "top", fontsize=8.5, color=GREY,
         )  # fmt: skip
+    if "final" in text:
+        last = max(point["step"] for point in text["curve"])
+        label = f"held out, all of it: {text['final']:.2f}"
+        axes.plot([last], [text["final"]], "*", color=VERMILION, markersize=13, label=label)
     axes.set(xlabel="step", ylabel="bits per byte", yscale="log")
     ticks = [1.5, 2, 3, 4, 6, 8]
     axes.set_yticks(ticks, [str(t) for t in ticks])
