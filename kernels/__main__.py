@@ -29,9 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     compile_ = commands.add_parser("compile", help="compile for GPUs that need not be here, and read the result")
     compile_.add_argument("--target", action="append", help="sm_80, sm_90, sm_100 or gfx942 (default: all)")
 
+    compile_.add_argument("--thorough", action="store_true", help="every configuration that is shipped")
+
     bench = commands.add_parser("bench", help="time on a GPU beside torch, torch.compile and Liger")
     bench.add_argument("--out", metavar="PATH", help="where the results go (default: kernels/results/)")
     bench.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
+    bench.add_argument("--sweep", action="store_true", help="time other tile sizes instead, to choose better ones")
 
     for command in (compare, compile_, bench):
         command.add_argument("family", nargs="?", help="one family (default: all)")
@@ -66,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     families = registry.FAMILIES if options.family is None else (options.family,)
     try:
         optional_import("torch", "kernels")
-        return {"compare": _compare, "compile": _compile, "bench": _bench}[options.command](options, families, arguments)
+        return {"compare": _compare, "compile": _compile, "bench": _bench}[options.command](
+            options, families, arguments
+        )
     except MissingPackageError as error:
         return _fail(str(error))
 
@@ -126,7 +131,7 @@ def _compile(options: argparse.Namespace, families: Sequence[str], arguments: Se
         return _fail(f"--target: one of {', '.join(aot.TARGETS)} is wanted, got {', '.join(unknown)}.")
     rows = []
     for family in families:
-        rows += inspection.inspect(family, options.target or list(aot.TARGETS), progress=True)
+        rows += inspection.inspect(family, options.target or list(aot.TARGETS), options.thorough, progress=True)
     print(json.dumps(rows, indent=1) if options.json else inspection.report(rows))
     failed = [row for row in rows if not row["ok"]]
     for row in failed:
@@ -151,7 +156,10 @@ def _bench(options: argparse.Namespace, families: Sequence[str], arguments: Sequ
 
     rows = []
     for family in families:
-        measured, path = bench.bench(family, quick=options.quick, out=options.out)
+        if options.sweep:
+            rows += bench.sweep(family)
+            continue
+        measured, path = bench.bench(family, quick=options.quick, out=options.out, say=_say)
         rows += measured
         _say(f"written to {path}")
     print(json.dumps(rows, indent=1) if options.json else bench.report(rows))

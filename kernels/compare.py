@@ -48,7 +48,9 @@ class Outcome:
         }  # fmt: skip
 
 
-def search(prop: Property, family: str, function: str, dtype: str, subject: Subject, examples: int, number: int) -> Outcome:
+def search(
+    prop: Property, family: str, function: str, dtype: str, subject: Subject, examples: int, number: int
+) -> Outcome:
     """Try a property on many problems; on failure let hypothesis find a small one."""
     worst = Verdict("", 0.0, 0.0)
     where: Problem | None = None

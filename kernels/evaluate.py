@@ -24,4 +24,6 @@ def evaluate(
     seeds = [np.ascontiguousarray(c, dtype=dtype) for c in cotangents]
     gradients = grad(outputs, tensors, seeds, allow_unused=True)
     values = [output.numpy() for output in outputs]
-    return values, [np.zeros_like(t.numpy()) if g is None else g.numpy() for t, g in zip(tensors, gradients, strict=True)]
+    return values, [
+        np.zeros_like(t.numpy()) if g is None else g.numpy() for t, g in zip(tensors, gradients, strict=True)
+    ]

@@ -10,11 +10,15 @@ from kernels import registry
 from kernels.aot import SHARED_LIMIT, Build, Compiled, compile_builds
 
 
-def inspect(family: str, targets: Sequence[str], progress: bool = False) -> list[dict[str, Any]]:
+def inspect(
+    family: str, targets: Sequence[str], thorough: bool = False, progress: bool = False
+) -> list[dict[str, Any]]:
     """One row for every build of a family on every target."""
-    builds = registry.load_part(family, "builds").builds()
+    builds = registry.load_part(family, "builds").builds(thorough)
     rows = []
-    with tqdm(total=len(builds) * len(targets), file=sys.stderr, disable=None if progress else True, leave=False) as bar:
+    with tqdm(
+        total=len(builds) * len(targets), file=sys.stderr, disable=None if progress else True, leave=False
+    ) as bar:
         for target in targets:
             bar.set_description(f"{family} {target}")
             for build, compiled in zip(builds, compile_builds(builds, target)):

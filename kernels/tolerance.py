@@ -122,7 +122,9 @@ def expect(
     expectations = []
     for index, (name, exact, scale) in enumerate(zip(names, truth, scales, strict=True)):
         errors = [np.abs(rounded(low[index], dtype) - exact) for low in lows]
-        unit = (lambda a, by_row=scale.by_row: a.max(-1, keepdims=True) if by_row else a.max()) if exact.size else np.sum
+        unit = (
+            (lambda a, by_row=scale.by_row: a.max(-1, keepdims=True) if by_row else a.max()) if exact.size else np.sum
+        )
         worst = np.max([unit(error) for error in errors], axis=0)
         order = SPACING["float32"] * np.asarray(scale.summand) * np.sqrt(scale.count)  # another order of summation
         allowed = 2 * (worst + np.maximum(SPACING[dtype] * unit(np.abs(exact)), order) + SMALLEST[dtype])

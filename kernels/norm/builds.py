@@ -15,13 +15,18 @@ MULTIPROCESSORS = 132
 THREADS = 32
 
 
-def builds() -> list[Build]:
-    """Every variant at four row lengths in both widths, and the specialisations for awkward tensors."""
+def builds(thorough: bool = False) -> list[Build]:
+    """Every variant at four row lengths in both widths, and the specialisations for awkward tensors.
+
+    ``thorough`` takes every length at which the tile changes, so that every shipped configuration is compiled.
+    """
+    powers = [1 << k for k in range(4, FORWARD_LIMIT.bit_length())] if thorough else []
     found = []
     for variant in VARIANTS:
         for dtype in ("bf16", "fp32"):
-            found += [forward(variant, dtype, d) for d in FORWARD_LENGTHS]
-            found += [build for d in BACKWARD_LENGTHS for build in backward(variant, dtype, d)]
+            found += [forward(variant, dtype, d) for d in sorted({*FORWARD_LENGTHS, *powers})]
+            lengths = sorted({*BACKWARD_LENGTHS, *(d for d in powers if d <= BACKWARD_LIMIT)})
+            found += [build for d in lengths for build in backward(variant, dtype, d)]
         found += [forward(variant, "bf16", 4096, aligned=False), *backward(variant, "bf16", 4096, aligned=False)]
     found += [forward("add-layer", "bf16", 4096, wide=True), *backward("add-layer", "bf16", 4096, wide=True)]
     found += [sum_shares(shift, dtype) for shift in (False, True) for dtype in ("bf16", "fp32")]
@@ -85,7 +90,9 @@ def backward(variant: str, dtype: str, d: int, aligned: bool = True, wide: bool 
         return [Build(kernel._backward_kernel, config, arguments, plan.tile.warps, expected, aligned)]
 
     means = {"MEAN_GX": row, "MEAN_G": row if centred else ABSENT}
-    first = {name: a for name, a in {**head, **means, **rest}.items() if name not in ("DS", "stride_ds_row", "stride_ds_col")}
+    first = {
+        name: a for name, a in {**head, **means, **rest}.items() if name not in ("DS", "stride_ds_row", "stride_ds_col")
+    }
     first["BLOCK_D"] = constant(plan.means.block_d)
     issued = traffic.issued_means(plan.means, plan.means.warps * THREADS, size, size)
     whole = {**head, **means, **results, **rest, **sizes}
@@ -104,4 +111,6 @@ def sum_shares(shift: bool, dtype: str) -> Build:
         "BLOCK_SHARES": constant(SUM_TILE.block_rows), "BLOCK_COLS": constant(SUM_TILE.block_d),
     }  # fmt: skip
     config = f"{'with' if shift else 'without'} shift {dtype}"
-    return Build(kernel._sum_shares_kernel, config, arguments, SUM_TILE.warps, traffic.issued_sum(SUM_TILE, shift=shift))
+    return Build(
+        kernel._sum_shares_kernel, config, arguments, SUM_TILE.warps, traffic.issued_sum(SUM_TILE, shift=shift)
+    )

@@ -73,7 +73,9 @@ def add_layer_norm(x: Tensor, r: Tensor, g: Tensor, b: Tensor | None, eps: float
 def _check(where: str, x: Tensor, r: Tensor | None, g: Tensor, b: Tensor | None, eps: float) -> None:
     """Refuse what the kernels cannot take, before anything is launched."""
     require(x.ndim >= 1, where, "x", "of shape (..., d)", x)
-    given = [(name, t) for name, t in (("x", x), ("the branch r", r), ("the gain g", g), ("the shift b", b)) if t is not None]
+    given = [
+        (name, t) for name, t in (("x", x), ("the branch r", r), ("the gain g", g), ("the shift b", b)) if t is not None
+    ]
     for name, tensor in given:
         require(tensor.dtype in DTYPES, where, name, "float32, float16 or bfloat16", tensor, error=TypeError)
         require(
@@ -97,7 +99,9 @@ def _check(where: str, x: Tensor, r: Tensor | None, g: Tensor, b: Tensor | None,
     require(eps >= 0, where, "eps", "a number of at least 0", eps)
 
 
-def _norm(x: Tensor, r: Tensor | None, g: Tensor, b: Tensor | None, eps: float, centred: bool) -> tuple[Tensor, Tensor | None]:
+def _norm(
+    x: Tensor, r: Tensor | None, g: Tensor, b: Tensor | None, eps: float, centred: bool
+) -> tuple[Tensor, Tensor | None]:
     """y, and s where there is a branch: the short way for plain tensors, the custom op for a tracer's."""
     plain = type(x) is Tensor or type(x) is nn.Parameter
     if plain and not torch.compiler.is_compiling():

@@ -108,7 +108,9 @@ def launch_sizes(draw) -> tuple[Tile, BackwardPlan]:
     """Small tiles and few programs, so that short rows already cross blocks and programs walk several rows."""
     block_d = draw(st.sampled_from((16, 32, 128)))
     forward = Tile(draw(st.sampled_from((1, 2, 4))), block_d, 1)
-    tile = Tile(draw(st.sampled_from((1, 2, 4))), draw(st.sampled_from((16, 32, 128))), 1, draw(st.sampled_from((1, 2))))
+    tile = Tile(
+        draw(st.sampled_from((1, 2, 4))), draw(st.sampled_from((16, 32, 128))), 1, draw(st.sampled_from((1, 2)))
+    )
     return forward, BackwardPlan(tile, draw(st.sampled_from((1, 2, 3))), Tile(1, draw(st.sampled_from((16, 32))), 1))
 
 

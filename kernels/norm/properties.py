@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from kernels.norm import launch, reference
 from kernels.norm import problems as p
-from kernels.norm import reference
 from kernels.problem import Problem, mismatches, to_array
 from kernels.property import Property
 from kernels.subject import Run, Subject, equal, execute
@@ -68,8 +68,6 @@ def _gradients(subject: Subject, problem: Problem) -> list[Verdict]:
 
 
 def _any_launch(subject: Subject, problem: Problem) -> list[Verdict]:
-    from kernels.norm import launch
-
     forward_tile, plan = problem.launch
 
     def function(*operands):
@@ -285,8 +283,6 @@ def _contract(subject: Subject, problem: Problem) -> list[Verdict]:
 
 def _guards(subject: Subject, problem: Problem) -> list[Verdict]:
     """Every buffer the kernels write is filled completely, and nothing before or behind it is written."""
-    from kernels.norm import launch
-
     border, held, original = 16, [], launch.empty
 
     def guarded(shape, dtype, device):

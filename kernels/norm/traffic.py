@@ -52,8 +52,18 @@ def backward_flops(n_rows: int, d: int, *, centred: bool, residual: bool, shift:
     return n_rows * d * (9 + 3 * centred + residual + shift)
 
 
+def _weights(elements: int, itemsize: int, threads: int) -> int:
+    """Bytes of a vector of weights that all threads share, loaded in 16-byte pieces.
+
+    A vector with a piece for every thread is loaded once, a shorter one in narrower pieces, and one with fewer
+    elements than threads by every row's threads for themselves.
+    """
+    if elements < threads:
+        return 16 * threads
+    return _in_pieces(elements, itemsize, threads)
+
+
 def _in_pieces(elements: int, itemsize: int, threads: int) -> int:
-    """A vector that all threads share is moved in 16-byte pieces only if it has one for each of them."""
     return elements * itemsize if elements * itemsize >= 16 * threads else 0
 
 
@@ -65,7 +75,7 @@ def issued_forward(
     A long row is a loop over tiles in each of two passes; an instruction in a loop counts once.
     """
     tile_bytes = tile.block_rows * tile.block_d * itemsize
-    weights = _in_pieces(tile.block_d, weight_itemsize, threads) * (2 if shift else 1)
+    weights = _weights(tile.block_d, weight_itemsize, threads) * (2 if shift else 1)
     reads = (2 if residual else 1) + long
     return reads * tile_bytes + weights, (2 if residual else 1) * tile_bytes
 
@@ -80,7 +90,7 @@ def issued_backward(
     tile_bytes = tile.block_rows * tile.block_d * itemsize
     reads = (3 if residual else 2) * tile_bytes * max(tile.stages, 1)
     shares = _in_pieces(tile.block_d, 4, threads) * (2 if shift else 1)
-    return reads + _in_pieces(tile.block_d, weight_itemsize, threads), tile_bytes + shares
+    return reads + _weights(tile.block_d, weight_itemsize, threads), tile_bytes + shares
 
 
 def issued_means(tile: Tile, threads: int, itemsize: int, weight_itemsize: int) -> tuple[int, int]:

@@ -1,0 +1,179 @@
+"""`python -m kernels bench`: each kernel beside its peers, as a fraction of the copy rate of the same run.
+
+Rules: one process, the same tensors; contenders take turns in every block, so that a change of clocks hits all;
+the second-level cache is flushed before every call, and the flush is long enough to hide the host's part of the
+launch; times come from GPU events; the median counts. A ratio is ours / peer: low is good. ``limit`` is the time
+that the compulsory bytes of the case take at the measured copy rate, and ``of_limit`` the share of it reached.
+"""
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from kernels import aot, registry
+
+RESULTS = Path(__file__).parent / "results"
+FLUSH_BYTES = 1 << 30
+COPY_BYTES = 1 << 30  # read, and as much written
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: calls without arguments by contender (``ours`` among them), and what must move."""
+
+    name: str
+    dtype: str
+    bytes: int
+    contenders: Mapping[str, Callable[[], Any]]
+
+
+class GpuClock:
+    """Times calls on the GPU, with the cache flushed before each."""
+
+    def __init__(self, device: str = "cuda"):
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def times(self, call: Callable[[], Any], repeats: int) -> list[float]:
+        """Seconds of each of ``repeats`` calls."""
+        events = []
+        for _ in range(repeats):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.flush.zero_()
+            start.record()
+            call()
+            stop.record()
+            events.append((start, stop))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) * 1e-3 for start, stop in events]
+
+
+class WallClock:
+    """Times calls on the host: for trying the machinery out where there is no GPU."""
+
+    def times(self, call: Callable[[], Any], repeats: int) -> list[float]:
+        """Seconds of each of ``repeats`` calls."""
+        found = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+        return found
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], Any]], clock: Any, blocks: int, repeats: int
+) -> dict[str, list[float]]:
+    """The median of every block for every contender; who goes first changes from block to block."""
+    names = list(contenders)
+    for call in contenders.values():
+        clock.times(call, 2)  # compilation and first touches
+    medians: dict[str, list[float]] = {name: [] for name in names}
+    for block in range(blocks):
+        for name in names[block % len(names) :] + names[: block % len(names)]:
+            medians[name].append(statistics.median(clock.times(contenders[name], repeats)))
+    return medians
+
+
+def measure(family: str, case: Case, clock: Any, copy: Callable[[], Any], copy_bytes: int, device: str,
+            blocks: int = 7, repeats: int = 9) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one case: one for every peer, or a single one without a peer."""
+    medians = take_turns({**case.contenders, "copy": copy}, clock, blocks, repeats)
+    ours = statistics.median(medians["ours"])
+    rate = copy_bytes / statistics.median(medians["copy"])
+    limit = case.bytes / rate
+    rows = []
+    for peer in [name for name in case.contenders if name != "ours"] or [None]:
+        row = {"family": family, "case": case.name, "dtype": case.dtype, "ours_s": ours, "peer": peer,
+               "peer_s": None, "ratio": None, "limit": limit, "of_limit": limit / ours, "device": device,
+               "bytes": case.bytes, "copy_bytes_per_s": rate, "peer_of_limit": None}  # fmt: skip
+        if peer is not None:
+            row["peer_s"] = statistics.median(medians[peer])
+            row["ratio"] = statistics.median(a / b for a, b in zip(medians["ours"], medians[peer]))
+            row["peer_of_limit"] = limit / row["peer_s"]
+        rows.append(row)
+    return rows
+
+
+def bench(
+    family: str, quick: bool = False, out: str | None = None, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[dict[str, Any]], Path]:
+    """All cases of a family on this GPU; the rows, and the file they were written to."""
+    clock, device = GpuClock(), torch.cuda.get_device_name()
+    source = torch.empty(COPY_BYTES, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy():
+        return target.copy_(source)
+
+    rows = []
+    for case in registry.load_part(family, "benchmark").cases("cuda", quick, say):
+        found = measure(family, case, clock, copy, 2 * COPY_BYTES, device, *((3, 5) if quick else (7, 9)))
+        rows += found
+        say(line(found[0]))
+    return rows, write(rows, out or RESULTS / f"{family}_{slug(device)}.json")
+
+
+def sweep(family: str) -> list[dict[str, Any]]:
+    """Times of other launch sizes, best first for every case."""
+    clock, rows = GpuClock(), []
+    for case in registry.load_part(family, "benchmark").sweep_cases("cuda"):
+        medians = take_turns(case.contenders, clock, 5, 7)
+        for name, times in sorted(medians.items(), key=lambda item: statistics.median(item[1])):
+            rows.append({"family": family, "case": f"{case.name} {name}", "dtype": case.dtype, "peer": None,
+                         "ours_s": statistics.median(times), "bytes_per_s": case.bytes / statistics.median(times)})  # fmt: skip
+    return rows
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Save rows with the versions of everything that made them."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n")
+    beside.replace(path)
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """Versions and the device, for a reader who wants to compare."""
+    query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    try:
+        smi = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        smi = "unknown"
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__, "triton": triton.__version__, "ptxas": aot.assembler_version(),
+        "python": platform.python_version(), query: smi,
+    }  # fmt: skip
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One row in words."""
+    peer = f"  {row['ratio']:.2f} x {row['peer']}" if row.get("peer") else ""
+    share = (
+        f"  {row['of_limit']:.3f} of the copy rate" if "of_limit" in row else f"  {row['bytes_per_s'] / 1e12:.2f} TB/s"
+    )
+    return f"{row['case']:<58}{row['dtype']:<10}{row['ours_s'] * 1e6:>9.1f} us{share}{peer}"
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table."""
+    return "\n".join(line(row) for row in rows)
