@@ -1,5 +1,6 @@
 """`python -m kernels compare`: a family's properties, searched by hypothesis, against the NumPy reference."""
 
+import builtins
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class Outcome:
     problem: Problem | None
     error: str = ""
 
-    @property
+    @builtins.property  # the bare name is a field here, as the JSON wants
     def passed(self) -> bool:
         """Whether everything that was tried held."""
         return not self.error and self.verdict.passed
@@ -59,7 +60,7 @@ def search(
     @seed(number)
     @settings(
         max_examples=prop.examples(examples), deadline=None, database=None, report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck), derandomize=False,
+        phases=(Phase.generate, Phase.shrink), suppress_health_check=[*HealthCheck.__members__.values()], derandomize=False,
     )  # fmt: skip
     @given(prop.strategy(function, dtype, subject.gpu))
     def run(problem: Problem) -> None:

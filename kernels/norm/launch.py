@@ -1,5 +1,8 @@
 """Launching the norm kernels on tensors that `op.py` has checked: rows, strides, buffers, grids."""
 
+# Triton types a kernel by its device code: launch options and the values of constexpr parameters are unknown to it.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import torch
 import triton
 from torch import Tensor

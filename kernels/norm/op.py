@@ -54,7 +54,7 @@ def add_rms_norm(x: Tensor, r: Tensor, g: Tensor, eps: float = 1e-6) -> tuple[Te
     """
     _check("add_rms_norm", x, r, g, None, eps)
     y, s = _norm(x, r, g, None, eps, False)
-    return s, y
+    return s, y  # type: ignore[return-value] (there is a branch, so there is a sum)
 
 
 def add_layer_norm(x: Tensor, r: Tensor, g: Tensor, b: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def add_layer_norm(x: Tensor, r: Tensor, g: Tensor, b: Tensor | None, eps: float
     """
     _check("add_layer_norm", x, r, g, b, eps)
     y, s = _norm(x, r, g, b, eps, True)
-    return s, y
+    return s, y  # type: ignore[return-value] (there is a branch, so there is a sum)
 
 
 def _check(where: str, x: Tensor, r: Tensor | None, g: Tensor, b: Tensor | None, eps: float) -> None:
@@ -219,6 +219,8 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """`layer_norm` with its gain and shift; called with a residual branch it returns (s, y)."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, d: int, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
         super().__init__()

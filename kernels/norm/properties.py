@@ -7,6 +7,7 @@ multiplying by a power of two, permuting rows, adding zeros.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ def _any_launch(subject: Subject, problem: Problem) -> list[Verdict]:
 
     def function(*operands):
         named = dict(zip(p.OPERANDS[problem.function], operands))
-        x, r, g, b = (named.get(key) for key in ("x", "r", "g", "b"))
+        x, g = named["x"], named["g"]
+        r, b = named.get("r"), named.get("b")
         centred, eps = p.is_centred(problem.function), problem.parameters["eps"]
 
         class Forced(torch.autograd.Function):
@@ -325,7 +327,7 @@ def _empty(subject: Subject, problem: Problem) -> list[Verdict]:
     return [Verdict("shapes and zeros", int(wrong), 0.0)]
 
 
-def _within(name: str, error: np.ndarray, allowed: np.ndarray) -> Verdict:
+def _within(name: str, error: np.ndarray, allowed: Any) -> Verdict:
     """The worst entry of an error that is already a difference."""
     zero = Expectation(name, np.zeros_like(error), np.broadcast_to(allowed, error.shape), np.inf)
     return judge(error, zero)
