@@ -1,0 +1,80 @@
+"""Problems whose answers are known exactly: every intermediate is a small integer over a power of two.
+
+Rows are m + c or m - c in equal numbers (m = 0 for RMSNorm), with c a power of two and eps = 0, so the root is
+exactly c and the normalised row is exactly 1 or -1. Weights and cotangents are small integers. Results must then
+be equal, not close: no tolerance hides a wrong lane, a lost row or a miscompiled instruction. Needs torch alone,
+so that it runs on any GPU machine; `python -m kernels bench` runs it before it times anything.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from kernels.norm import launch
+from kernels.norm.config import BackwardPlan, Tile
+from kernels.problem import mismatches
+
+LENGTHS_GPU = (16, 128, 1024, 4096, 8192, 16_384, 65_536)
+LENGTHS = (16, 64)
+SMALL = Tile(2, 16, 1), BackwardPlan(Tile(2, 16, 1, 2), 2, Tile(1, 16, 1))  # makes 64 columns a long row
+
+
+def witnesses(device: str) -> Iterator[tuple[str, int]]:
+    """The name of each exact problem and how many elements of its results are wrong."""
+    gpu = device != "cpu"
+    dtypes = (torch.float32, torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.float16)
+    for d in LENGTHS_GPU if gpu else LENGTHS:
+        for dtype in dtypes:
+            for centred in (False, True):
+                for residual in (False, True):
+                    name = f"{'add ' * residual}{'layer' if centred else 'rms'} norm d={d} {dtype}"
+                    yield name, wrong(device, d, dtype, centred, residual)
+                    if not gpu and d > 16:
+                        yield name + " in small tiles", wrong(device, d, dtype, centred, residual, *SMALL)
+
+
+def wrong(
+    device: str, d: int, dtype: torch.dtype, centred: bool, residual: bool,
+    tile: Tile | None = None, plan: BackwardPlan | None = None, n_rows: int = 37,
+) -> int:  # fmt: skip
+    """How many elements of y, s, dx, dg and db are not exactly what they must be (d a power of two)."""
+    generator = torch.Generator().manual_seed(d)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator).double()
+
+    n_rows = n_rows if device != "cpu" else 5
+    signs = torch.ones(n_rows, d, dtype=torch.float64)
+    signs[:, : d // 2] = -1.0
+    signs = signs.gather(1, torch.rand(n_rows, d, generator=generator).argsort(1))  # as many + as -, in any order
+    size = 2.0 ** integers(-1, 1, n_rows, 1)
+    s = signs * size + (3.0 if centred else 0.0)
+    r = integers(-2, 2, n_rows, d) if residual else None
+    g, b = integers(1, 2, d), integers(-2, 2, d)
+    dy, ds = integers(-2, 2, n_rows, d), integers(-2, 2, n_rows, d)
+
+    def on_device(t: torch.Tensor) -> torch.Tensor:
+        return t.to(torch.float32).to(dtype).to(device)
+
+    x = s if r is None else s - r
+    shift = on_device(b) if centred else None
+    y, total, mean, rho = launch.forward(
+        on_device(x), None if r is None else on_device(r), on_device(g), shift, 0.0, centred, tile
+    )
+    arriving = None if r is None else on_device(ds)
+    rows = on_device(x) if total is None else total
+    dx, dg, db = launch.backward(
+        on_device(dy), arriving, rows, on_device(g), mean, rho, dtype if centred else None, plan
+    )
+    g_hat = dy * g
+    exact_dx = (g_hat - signs * (g_hat * signs).mean(1, keepdim=True) - centred * g_hat.mean(1, keepdim=True)) / size
+    pairs = [
+        (y, signs * g + (b if centred else 0.0)),
+        (dx, exact_dx + (ds if residual else 0.0)),
+        (dg, (dy * signs).sum(0)),
+    ]
+    if total is not None:
+        pairs.append((total, s))
+    if db is not None:
+        pairs.append((db, dy.sum(0)))
+    return sum(mismatches(found + 0.0, on_device(exact) + 0.0) for found, exact in pairs)
