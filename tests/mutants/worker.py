@@ -11,16 +11,17 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import select
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_FOLDERS = ("autograd", "functional", "fused", "nn", "decoding", "alignment")
+PATIENCE = 20  # seconds to wait for each second of processor time that is allowed
 PRELOADED = [
     "numpy", "scipy.special", "scipy.stats", "scipy.signal", "torch", "hypothesis", "hypothesis.extra.numpy", "pytest",
     "_hypothesis_pytestplugin", "jaxtyping", "beartype", "autograd.numpy", "autograd.scipy.special", "tqdm", "triton",
@@ -44,7 +45,7 @@ def module_name(path: str) -> str:
     return path.removesuffix(".py").replace("/", ".")
 
 
-def test_files(path: str) -> list[str]:
+def files_for(path: str) -> list[str]:
     """The test files that name the module, those of its own package first and short ones before long ones."""
     package, name = path.split("/")[-2], Path(path).stem
     if package == "autograd":
@@ -122,7 +123,7 @@ def check_tests(path: str) -> str:
                 self.failed = report.nodeid
 
     plugin = Plugin()
-    for file in test_files(path):
+    for file in files_for(path):
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", file], plugins=[plugin])
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return plugin.failed or f"{file}: {code!s}"
@@ -172,6 +173,7 @@ def run_child(task: dict, folder: str, answer: int) -> None:
         file = Path(folder) / Path(task["path"]).name
         file.write_text(task["source"])
         sys.meta_path.insert(0, MutantFinder(module_name(task["path"]), file))
+        resource.setrlimit(resource.RLIMIT_CPU, (limit := int(task["limit_s"]), limit))
         verdict = judge(task)
     except BaseException:
         verdict = "broken: " + traceback.format_exc().splitlines()[-1]
@@ -180,8 +182,10 @@ def run_child(task: dict, folder: str, answer: int) -> None:
 
 
 def judge_in_child(task: dict) -> dict:
-    """Fork, wait as long as the task allows, and say what came back."""
-    start = time.monotonic()
+    """Fork, wait, and say what came back and how much processor time it took.
+
+    The limit is one of processor time, so that a busy machine does not kill what should survive.
+    """
     with tempfile.TemporaryDirectory() as folder:
         receive, send = os.pipe()
         child = os.fork()
@@ -191,17 +195,17 @@ def judge_in_child(task: dict) -> dict:
             run_child(task, folder, send)
         os.close(send)
         verdict = None
-        if select.select([receive], [], [], task["limit_s"])[0]:
+        if select.select([receive], [], [], PATIENCE * task["limit_s"])[0]:
             verdict = os.read(receive, 4096).decode(errors="replace")
         else:
             os.killpg(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
+        _, status, usage = os.wait4(child, 0)
         os.close(receive)
-    if verdict is None:
-        verdict = f"took longer than {task['limit_s']:.0f} s"
+    if verdict is None or os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+        verdict = f"took more than {task['limit_s']:.0f} s"
     elif not verdict and status != 0:
         verdict = f"ended by signal {os.WTERMSIG(status)}"
-    return {"index": task["index"], "killed_by": verdict, "seconds": time.monotonic() - start}
+    return {"index": task["index"], "killed_by": verdict, "seconds": usage.ru_utime + usage.ru_stime}
 
 
 def main() -> None:
