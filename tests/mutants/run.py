@@ -110,7 +110,7 @@ class Workers:
         for process in self.processes:
             if process.stdin:
                 process.stdin.close()
-            process.wait(30)
+            process.wait()
 
 
 def task_for(index: int, path: str, function: str, source: str, limit_s: float) -> dict:

@@ -201,7 +201,7 @@ def judge_in_child(task: dict) -> dict:
             os.killpg(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
         os.close(receive)
-    if verdict is None or os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+    if verdict is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)):
         verdict = f"took more than {task['limit_s']:.0f} s"
     elif not verdict and status != 0:
         verdict = f"ended by signal {os.WTERMSIG(status)}"
