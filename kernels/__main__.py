@@ -159,7 +159,13 @@ def _bench(options: argparse.Namespace, families: Sequence[str], arguments: Sequ
         if options.sweep:
             rows += bench.sweep(family)
             continue
-        measured, path = bench.bench(family, quick=options.quick, out=options.out, say=_say)
+        try:
+            measured, path = bench.bench(family, quick=options.quick, out=options.out, say=_say)
+        except bench.WrongResults as error:
+            if options.json:
+                print("[]")
+            _say(str(error))
+            return 1
         rows += measured
         _say(f"written to {path}")
     print(json.dumps(rows, indent=1) if options.json else bench.report(rows))

@@ -94,6 +94,7 @@ class Compiled:
     doubles: int
     memory: MemoryCounts
     threads: int
+    short_offsets: int
     assembly: str = field(repr=False)
 
     @property
@@ -112,11 +113,11 @@ def compile_builds(builds: Sequence[Build], target: str) -> Iterator[Compiled]:
     threads = [result.metadata.num_warps * machine.warp_size for result in results]
     if machine.backend == "hip":
         for result, count in zip(results, threads):
-            yield _read_amdgcn(result.asm["amdgcn"], result.metadata.shared, count)
+            yield _read_amdgcn(result.asm["amdgcn"], result, count)
         return
-    cubins = [result.asm["cubin"] for result in results]
-    for cubin, listing, result, count in zip(cubins, _disassemble(cubins, target), results, threads):
-        yield _read_cubin(cubin, listing, result.metadata.shared, count)
+    listings = _disassemble([result.asm["cubin"] for result in results], target)
+    for listing, result, count in zip(listings, results, threads):
+        yield _read_cubin(result.asm["cubin"], listing, result, count)
 
 
 def _compile(build: Build, machine: GPUTarget) -> Any:
@@ -162,25 +163,28 @@ def _disassemble(cubins: Sequence[bytes], target: str) -> list[str]:
     return sass.cut(listing, [len(code) for code in codes])
 
 
-def _read_cubin(cubin: bytes, listing: str, shared: int, threads: int) -> Compiled:
+def _read_cubin(cubin: bytes, listing: str, result: Any, threads: int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         usage = sass.resource_usage(_run(_tool("cuobjdump"), "--dump-resource-usage", str(path)))
     counts = sass.count_cuda(listing)
-    return Compiled(
-        registers=usage["REG"], stack=usage["STACK"] + usage.get("LOCAL", 0), spills=counts.spills, shared=shared,
-        tensor_core=counts.tensor_core, atomics=counts.atomics, doubles=counts.doubles, memory=counts.memory,
-        threads=threads, assembly=listing,
-    )  # fmt: skip
+    used = {"registers": usage["REG"], "stack": usage["STACK"] + usage.get("LOCAL", 0), "spills": counts.spills}
+    return _compiled(result, counts, used, threads, listing)
 
 
-def _read_amdgcn(listing: str, shared: int, threads: int) -> Compiled:
-    counts = sass.count_amd(listing)
+def _read_amdgcn(listing: str, result: Any, threads: int) -> Compiled:
+    used = {
+        "registers": sass.directive(listing, "vgpr_count"),
+        "stack": sass.directive(listing, "private_segment_fixed_size"),
+        "spills": sass.directive(listing, "vgpr_spill_count") + sass.directive(listing, "sgpr_spill_count"),
+    }
+    return _compiled(result, sass.count_amd(listing), used, threads, listing)
+
+
+def _compiled(result: Any, counts: sass.Counts, used: Mapping[str, int], threads: int, listing: str) -> Compiled:
     return Compiled(
-        registers=sass.directive(listing, "vgpr_count"),
-        stack=sass.directive(listing, "private_segment_fixed_size"),
-        spills=sass.directive(listing, "vgpr_spill_count") + sass.directive(listing, "sgpr_spill_count"),
-        shared=shared, tensor_core=counts.tensor_core, atomics=counts.atomics, doubles=counts.doubles,
-        memory=counts.memory, threads=threads, assembly=listing,
+        **used, shared=result.metadata.shared, tensor_core=counts.tensor_core, atomics=counts.atomics,
+        doubles=counts.doubles, memory=counts.memory, threads=threads,
+        short_offsets=sass.short_offsets(result.asm["ttir"]), assembly=listing,
     )  # fmt: skip

@@ -27,6 +27,10 @@ FLUSH_BYTES = 1 << 30
 COPY_BYTES = 1 << 30  # read, and as much written
 
 
+class WrongResults(RuntimeError):
+    """A kernel fails its exact witnesses on this machine; timing it would mean nothing."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One thing to time: calls without arguments by contender (``ours`` among them), and what must move."""
@@ -115,6 +119,9 @@ def bench(
     def copy():
         return target.copy_(source)
 
+    wrong = {name: count for name, count in registry.load_part(family, "witness").witnesses("cuda") if count}
+    if wrong:  # nothing wrong is timed
+        raise WrongResults(f"{family}: wrong results on {device}, ptxas {aot.assembler_version()}: {wrong}")
     rows = []
     for case in registry.load_part(family, "benchmark").cases("cuda", quick, say):
         found = measure(family, case, clock, copy, 2 * COPY_BYTES, device, *((3, 5) if quick else (7, 9)))

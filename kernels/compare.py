@@ -60,7 +60,8 @@ def search(
     @seed(number)
     @settings(
         max_examples=prop.examples(examples), deadline=None, database=None, report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink), suppress_health_check=[*HealthCheck.__members__.values()], derandomize=False,
+        phases=(Phase.generate, Phase.shrink), derandomize=False,
+        suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
     )  # fmt: skip
     @given(prop.strategy(function, dtype, subject.gpu))
     def run(problem: Problem) -> None:

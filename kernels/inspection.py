@@ -52,6 +52,8 @@ def faults(build: Build, compiled: Compiled, target: str) -> list[str]:
         found.append(f"has {compiled.atomics} atomic instructions, so two runs may differ")
     if compiled.doubles:
         found.append(f"has {compiled.doubles} float64 instructions")
+    if compiled.short_offsets:
+        found.append(f"adds 32-bit offsets to {compiled.short_offsets} pointers, which wrap past 2^31")
     widest = max([*compiled.memory.reads, *compiled.memory.writes], default=0)
     if not build.aligned and widest >= 128:
         found.append("moves 16 bytes at a time although alignment was not promised")

@@ -12,5 +12,5 @@ def load(family: str) -> ModuleType:
 
 
 def load_part(family: str, part: str) -> ModuleType:
-    """Another module of a family: ``builds`` for ahead-of-time compilation, ``benchmark`` for timing."""
+    """Another module of a family: ``builds`` for ahead-of-time compilation, ``benchmark`` for timing, ``witness`` for exact answers."""
     return importlib.import_module(f"kernels.{family}.{part}")

@@ -116,6 +116,13 @@ def cut(listing: str, lengths: list[int]) -> list[str]:
     return ["\n".join(part) for part in parts]
 
 
+def short_offsets(ttir: str) -> int:
+    """How many pointers of a Triton IR listing get an offset of 32 bits, which wraps silently past 2^31."""
+    return len(
+        re.findall(r"tt\.addptr [^\n]*(?:xi32>|, i32) loc|tt\.addptr [^\n]*(?:xi32>|, i32)$", ttir, re.MULTILINE)
+    )
+
+
 def resource_usage(text: str) -> dict[str, int]:
     """The fields of `cuobjdump --dump-resource-usage`: REG, STACK, SHARED, LOCAL, ..."""
     return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}

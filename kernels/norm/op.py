@@ -11,7 +11,6 @@ Gradients are of first order. Results are contiguous and have the dtype of x; gr
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from kernels.norm import launch
 from minillm.checks import require
@@ -130,9 +129,13 @@ class Norm(torch.autograd.Function):
         return y, s
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, ds):
         """Gradients of x, r, g, b; where only s was used, what arrives there passes through."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the norm kernels have first derivatives only, so create_graph=True would leave terms out. "
+                "Compose the norm of torch operations where you need second derivatives."
+            )
         x, g, mean, rho = ctx.saved_tensors
         if dy is None:
             return ds, ds if ctx.residual else None, None, None, None, None

@@ -28,8 +28,9 @@ def witnesses(device: str) -> Iterator[tuple[str, int]]:
             for centred in (False, True):
                 for residual in (False, True):
                     name = f"{'add ' * residual}{'layer' if centred else 'rms'} norm d={d} {dtype}"
-                    yield name, wrong(device, d, dtype, centred, residual)
-                    if not gpu and d > 16:
+                    if gpu or d == 16:
+                        yield name, wrong(device, d, dtype, centred, residual)
+                    else:
                         yield name + " in small tiles", wrong(device, d, dtype, centred, residual, *SMALL)
 
 
@@ -37,16 +38,16 @@ def wrong(
     device: str, d: int, dtype: torch.dtype, centred: bool, residual: bool,
     tile: Tile | None = None, plan: BackwardPlan | None = None, n_rows: int = 37,
 ) -> int:  # fmt: skip
-    """How many elements of y, s, dx, dg and db are not exactly what they must be (d a power of two)."""
+    """How many elements of y, s, dx, dg and db are not what they must be (d a power of two, at least 16)."""
     generator = torch.Generator().manual_seed(d)
 
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high + 1, shape, generator=generator).double()
 
-    n_rows = n_rows if device != "cpu" else 5
-    signs = torch.ones(n_rows, d, dtype=torch.float64)
-    signs[:, : d // 2] = -1.0
-    signs = signs.gather(1, torch.rand(n_rows, d, generator=generator).argsort(1))  # as many + as -, in any order
+    n_rows = n_rows if device != "cpu" else 3
+    # In every 16 columns as many + as -, in any order: then the mean of every tile of a long row is exact too.
+    order = torch.rand(n_rows, d // 16, 16, generator=generator).argsort(-1)  # (n_rows, d / 16, 16)
+    signs = torch.where(order < 8, 1.0, -1.0).double().reshape(n_rows, d)
     size = 2.0 ** integers(-1, 1, n_rows, 1)
     s = signs * size + (3.0 if centred else 0.0)
     r = integers(-2, 2, n_rows, d) if residual else None

@@ -30,6 +30,7 @@ class GRPOConfig(StageConfig):
 
     updates: int = 800
     lr: float = 3e-4
+    evaluate_every: int = 25
     prompts: int = 32  # an update
     group: int = 8  # G, responses a prompt
     temperature: float = 1.0  # of sampling, and of the log-probs in the ratio
