@@ -1,5 +1,7 @@
 """What every test runs under: checked annotations, hypothesis profiles, and the rules for slow and GPU tests."""
 
+import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,10 +22,16 @@ settings.register_profile("local", print_blob=True, **_common)
 settings.load_profile("ci" if CI else "local")
 
 
+@functools.cache
 def has_gpu() -> bool:
     """Whether torch sees a GPU, asked of another process so that this one stays without torch."""
     probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode == 0
+
+
+# Triton decides whether it interprets when it is first imported, and oracles import it too: settled before any of them.
+if importlib.util.find_spec("triton") and "TRITON_INTERPRET" not in os.environ and not has_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

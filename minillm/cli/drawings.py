@@ -96,22 +96,41 @@ def text(data: dict) -> Figure:
 
 
 def grpo(data: dict) -> Figure:
-    """Four curves to watch, over three seeds."""
+    """Four curves to watch over some seeds: what was asked for first, and what tells how it is going."""
     figure, panels = new_figure(2, 2, width=9, height=5.6)
     runs = data["runs"]
-    reward_curves(
-        panels[0, 0], runs, {"greedy": ("greedy, held out", GREEN), "sampled": ("sampled, held out", VERMILION)}
-    )
-    panels[0, 0].set(title="right answers", ylim=(0, 1.02))
-    for panel, key, title, colour, top in (
-        (panels[0, 1], "reward", "reward of the batch", BLUE, 1.02),
-        (panels[1, 0], "entropy", "entropy per token (nats)", PURPLE, None),
-        (panels[1, 1], "dead_groups", "share of dead groups", ORANGE, 1.02),
-    ):
-        smoothed = [{key: {"update": run[key]["update"], "value": smooth(run[key]["value"], 10)}} for run in runs]
-        reward_curves(panel, smoothed, {key: (f"mean of {len(runs)} seeds", colour)})
-        panel.set(title=title, ylim=(0, top))
+    for panel, curves, title, top in (
+        (panels[0, 0], [("greedy", GREEN, "most likely answer"), ("sampled", VERMILION, "sampled answer")],
+         "right on held-out problems", 1.03),
+        (panels[0, 1], [("reward", BLUE, None)], "reward in training: share of right answers", 1.03),
+        (panels[1, 0], [("entropy", PURPLE, None)], "entropy of the policy, nats per token", None),
+        (panels[1, 1], [("dead_groups", ORANGE, None)], "dead groups: all answers right, or all wrong", 1.03),
+    ):  # fmt: skip
+        for key, colour, label in curves:
+            _band(panel, [run[key] for run in runs], colour, label, width=1 if label else 5)
+        panel.set(title=title, ylim=(0, top), xlim=(0, None))
+        panel.set_xscale("symlog", linthresh=10, linscale=0.5)
+        panel.set_xticks(*_ticks(max(run["reward"]["update"][-1] for run in runs)))
+        panel.minorticks_off()
+    panels[0, 0].legend(loc="lower right")
+    for panel in panels[1]:
+        panel.set_xlabel(f"update; line: mean of {len(runs)} seeds, band: lowest to highest")
     return figure
+
+
+def _band(axes: Axes, curves: list[dict], colour: str, label: str | None, width: int) -> None:
+    """The mean over seeds and the range between the lowest and the highest, as far as all of them go."""
+    shortest = min(len(curve["value"]) for curve in curves)
+    values = np.array([smooth(curve["value"][:shortest], width) for curve in curves])  # (seeds, points)
+    updates = curves[0]["update"][:shortest]
+    axes.fill_between(updates, values.min(0), values.max(0), color=colour, alpha=0.25, linewidth=0)
+    axes.plot(updates, values.mean(0), color=colour, label=label)
+
+
+def _ticks(last: int) -> tuple[list[int], list[str]]:
+    """Round places on an axis that is linear up to ten and logarithmic from there."""
+    places = [0, *(p for p in (10, 30, 100, 300, 1000, 3000) if p < 0.7 * last), last]
+    return places, [str(place) for place in places]
 
 
 def tour(data: dict[str, Any]) -> Figure:

@@ -1,16 +1,9 @@
-"""Kernels run in Triton's interpreter where there is no GPU; Triton decides when it is first imported."""
-
-import os
-import sys
+"""Kernels run in Triton's interpreter where there is no GPU, which `tests/conftest.py` has settled."""
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the kernels need torch")
+pytest.importorskip("torch", reason="the kernels need torch")
 pytest.importorskip("hypothesis")
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 pytest.importorskip("triton", reason="the kernels need triton")
 
 

@@ -1,0 +1,89 @@
+"""The benchmark's machinery, with a clock that is told what to say; only a GPU can test the rest."""
+
+import json
+
+import pytest
+import torch
+
+from kernels import bench
+from kernels.norm import benchmark
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's tests")
+
+
+class ToldClock:
+    """A call takes as long as it returns; every block is slower than the last, for all alike."""
+
+    def __init__(self):
+        self.order = []
+
+    def times(self, call, repeats):
+        self.order.append(call)
+        slowness = 1 + len(self.order) // 1000
+        return [call() * slowness] * repeats
+
+
+def test_contenders_take_turns_and_the_first_changes():
+    calls = {"a": lambda: 1.0, "b": lambda: 2.0}
+    clock = ToldClock()
+    medians = bench.take_turns(calls, clock, blocks=4, repeats=3)
+    assert medians == {"a": [1.0] * 4, "b": [2.0] * 4}
+    a, b = calls.values()
+    assert clock.order[2:] == [a, b, b, a, a, b, b, a]  # after one warm-up each
+
+
+def test_rows_say_ratio_and_share_of_the_copy_rate():
+    case = bench.Case(
+        "c", "bfloat16", bytes=1000, contenders={"ours": lambda: 2.0, "torch": lambda: 4.0, "x": lambda: 1.0}
+    )
+    rows = bench.measure("norm", case, ToldClock(), copy=lambda: 10.0, copy_bytes=10_000, device="d")
+    assert [row["peer"] for row in rows] == ["torch", "x"]
+    assert [row["ratio"] for row in rows] == [0.5, 2.0]
+    assert rows[0]["limit"] == 1.0  # 1000 bytes at 1000 bytes a second
+    assert rows[0]["of_limit"] == 0.5
+    assert {"family", "case", "dtype", "ours_s", "peer", "peer_s", "ratio", "limit", "of_limit", "device"} <= rows[
+        0
+    ].keys()
+    (alone,) = bench.measure("norm", bench.Case("c", "d", 1, {"ours": lambda: 1.0}), ToldClock(), lambda: 1.0, 1, "d")
+    assert alone["peer"] is None
+    assert alone["ratio"] is None
+    assert bench.report(rows)
+
+
+def test_results_are_written_with_what_made_them(tmp_path):
+    path = bench.write([{"case": "c"}], tmp_path / "deep" / "r.json")
+    saved = json.loads(path.read_text())
+    assert saved["rows"] == [{"case": "c"}]
+    assert {"device", "torch", "triton", "ptxas", "python"} <= saved["machine"].keys()
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+    assert bench.slug("NVIDIA H200") == "nvidia_h200"
+
+
+def test_every_case_runs():
+    """On tiny shapes in the interpreter: forward and backward of all four functions, torch beside three of them."""
+    names = set()
+    for case in benchmark.cases("cpu", True, lambda text: None, benchmark.SMALLEST_SHAPES, compiled=False):
+        assert set(case.contenders) >= {"ours", "torch"}, case.name
+        assert case.bytes > 0
+        for call in case.contenders.values():
+            call()
+        names.add(case.name)
+    assert len(names) == 8
+
+
+def test_a_peer_that_computes_something_else_is_left_out():
+    said = []
+    operands = benchmark._operands("rms_norm", 4, 8, torch.float32, "cpu")
+    original = benchmark._torch
+    try:
+        benchmark._torch = lambda name: lambda x, g, eps: 2 * original(name)(x, g, eps)
+        assert benchmark._peers("rms_norm", operands, False, said.append) == {}
+    finally:
+        benchmark._torch = original
+    assert "differ" in said[0]
+
+
+def test_sweeps_hold_the_shipped_sizes():
+    cases = list(benchmark.sweep_cases("cpu", ((2, 64),)))
+    assert len(cases) == 4
+    assert all(len(case.contenders) > 1 for case in cases)
