@@ -48,7 +48,7 @@ class BPETokenizer(Tokenizer):
         super().__init__(256 + len(characters) + len(merges), specials)
         self.split, self.characters = split, characters
         self.merges = _checked_merges(merges, 256 + len(characters))
-        self._first_merge = 256 + len(characters)
+        self._made = range(256 + len(characters), 256 + len(characters) + len(merges))
         self._character_ids = _character_ids(characters)
         self._ranks: dict[Pair, int] = {pair: rank for rank, pair in enumerate(self.merges)}
         self._spelling = [bytes([i]) for i in range(256)] + [c.encode("utf-8") for c in characters]
@@ -104,7 +104,7 @@ class BPETokenizer(Tokenizer):
     def _encode_piece(self, piece: str) -> list[int]:
         ids = self._cache.get(piece)
         if ids is None:
-            ids = apply_merges(_symbols(piece, self._character_ids), self._ranks, self._first_merge)
+            ids = apply_merges(_symbols(piece, self._character_ids), self._ranks, self._made)
             if len(self._cache) >= CACHE_SIZE:
                 self._cache.clear()
             self._cache[piece] = ids

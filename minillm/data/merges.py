@@ -80,14 +80,15 @@ def _merge_everywhere(pair, new, symbols, weights, left, right, counts, places) 
     return changed
 
 
-def apply_merges(symbols: Sequence[int], ranks: Mapping[Pair, int], first_id: int) -> list[int]:
+def apply_merges(symbols: Sequence[int], ranks: Mapping[Pair, int], made: Sequence[int]) -> list[int]:
     r"""Apply the merges to one word in the order in which they were learned, each from left to right.
 
     Equation: `tokenizer-bpe` $ab\to c$ for merge 0, then merge 1, ...
     Source: lecture06 (LLaMA table); Sennrich, Haddow and Birch 2016.
 
-    A merge only makes pairs that later merges can take, so taking the lowest rank present, leftmost first, is the
-    same as going through the merges one by one, without visiting those that do not occur.
+    ``made`` holds the symbol that the merge of each rank makes. A merge only makes pairs that later merges can take,
+    so taking the lowest rank present, leftmost first, is the same as going through the merges one by one, without
+    visiting those that do not occur.
     """
     symbols = list(symbols)
     n = len(symbols)
@@ -100,7 +101,7 @@ def apply_merges(symbols: Sequence[int], ranks: Mapping[Pair, int], first_id: in
         if symbols[place] == GAP or follower >= n or ranks.get((symbols[place], symbols[follower])) != rank:
             continue  # out of date
         after = right[follower]
-        symbols[place], symbols[follower] = first_id + rank, GAP
+        symbols[place], symbols[follower] = made[rank], GAP
         right[place] = after
         if after < n:
             left[after] = place

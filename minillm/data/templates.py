@@ -1,10 +1,15 @@
-r"""Instructions as text: the record and the prompt that is made of it."""
+r"""Instructions and conversations as text: the records and the prompts that are made of them."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 from minillm.checks import require
 from minillm.data.files import read_json
+from minillm.data.tokenizer_base import Tokenizer
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
@@ -61,3 +66,62 @@ def load_instructions(path: str | os.PathLike) -> list[InstructionRecord]:
         require(sound, where, f"record {i}", "an object with the texts instruction, input, output", repr(entry))
         records.append(InstructionRecord(*(fields[name] for name in InstructionRecord._fields)))
     return records
+
+
+class Message(NamedTuple):
+    """One turn of a conversation; the role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+ROLES = ("system", "user", "assistant")
+TURN_STARTS, TURN_ENDS = "<|im_start|>", "<|im_end|>"
+
+
+def chatml_text(messages: Sequence[Message], *, system: str | None = None, open_answer: bool = True) -> str:
+    r"""A conversation in the form ChatML, and the opening of the answer.
+
+    Each turn is `<|im_start|>`, the role, a line break, the content, `<|im_end|>`, a line break.
+
+    Raises: ValueError for no messages, an unknown role, or a system message that is not the first.
+    Source: the chat template of SmolLM2.
+
+    ``system`` is the system message of a conversation that does not begin with one; none is put in when it is None.
+    """
+    turns = _turns(messages, system)
+    text = "".join(f"{TURN_STARTS}{role}\n{content}{TURN_ENDS}\n" for role, content in turns)
+    return text + (f"{TURN_STARTS}assistant\n" if open_answer else "")
+
+
+def chatml_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, system: str | None = None, open_answer: bool = True
+) -> Int[np.ndarray, " L"]:
+    r"""The ids of :func:`chatml_text`, in which only the template's own marks become special tokens.
+
+    Raises: ValueError as chatml_text does, or if the tokenizer has no ids for the two marks.
+
+    What a message says is encoded as ordinary text, so a message cannot end its own turn and speak for somebody else.
+    """
+    marks = []
+    for name in (TURN_STARTS, TURN_ENDS):
+        token = tokenizer.special_id(name)
+        require(token is not None, "chatml_ids", "the tokenizer", f"one with a special token {name}", tokenizer)
+        marks.append(np.array([token], np.int64))
+    start, end = marks
+    parts = []
+    for role, content in _turns(messages, system):
+        parts += [start, tokenizer.encode(f"{role}\n{content}"), end, tokenizer.encode("\n")]
+    if open_answer:
+        parts += [start, tokenizer.encode("assistant\n")]
+    return np.concatenate(parts)
+
+
+def _turns(messages: Sequence[Message], system: str | None) -> list[Message]:
+    require(len(messages) > 0, "chatml", "the conversation", "at least one message", "none")
+    for i, (role, _) in enumerate(messages):
+        require(role in ROLES, "chatml", f"the role of message {i}", "one of " + ", ".join(ROLES), repr(role))
+        first = role != "system" or i == 0
+        require(first, "chatml", f"message {i}", "of the user or the assistant", "a system message behind others")
+    given = messages[0].role == "system"
+    return [*([] if given or system is None else [Message("system", system)]), *messages]

@@ -66,7 +66,7 @@ def test_encoding_equals_going_through_the_merges_one_by_one(words, word):
     expected = list(word)
     for rank, pair in enumerate(merges):
         expected = replace_pair(expected, pair, 3 + rank)
-    assert apply_merges(word, {pair: rank for rank, pair in enumerate(merges)}, 3) == expected
+    assert apply_merges(word, {pair: rank for rank, pair in enumerate(merges)}, range(3, 3 + len(merges))) == expected
 
 
 def test_a_worked_example():
