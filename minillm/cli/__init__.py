@@ -22,6 +22,7 @@ COMMANDS = {
     "tour": "the whole idea in five minutes: gradients, a transformer, a reward, a kernel, the figures",
     "train": "train a transformer on text, on a folder or on a synthetic language",
     "generate": "continue a text with a trained model",
+    "chat": "talk to a pretrained model",
     "sft": "supervised training on demonstrations of an arithmetic task",
     "grpo": "improve a trained policy by a verifiable reward alone",
     "gradcheck": "check the gradient of every registered function",

