@@ -95,7 +95,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Corpus, dict[str, Any]]:
     model = presets.model_config(settings, corpus.vocab_size)
     if args.minutes is not None:
         require(not args.resume, "train", "--minutes", "left out with --resume", args.minutes)
-        settings["steps"] = steps_in(args.minutes, model, training, data, corpus)
+        settings["steps"] = min(settings["steps"], steps_in(args.minutes, model, training, data, corpus))
         settings["warmup_steps"] = min(settings.get("warmup_steps", 0), settings["steps"])
         training = presets.training_config(settings)
     look = corpus.held_out[:LOOK_TOKENS]
@@ -194,7 +194,7 @@ def add_parser(subparsers) -> None:
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimiser steps")
-    length.add_argument("--minutes", type=float, default=None, help="as many steps as fit into this time")
+    length.add_argument("--minutes", type=float, default=None, help="fewer steps, if the preset's would take longer than this")
     training.add_argument("--batch-size", type=int, help="sequences in a batch")
     training.add_argument("--accumulate", type=int, help="batches in a step")
     training.add_argument("--lr", type=float, help="largest learning rate")

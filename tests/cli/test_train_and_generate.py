@@ -118,6 +118,12 @@ def test_minutes_become_a_number_of_steps_that_is_written_down(tmp_path, text):
     assert steps >= 1 and read_checkpoint(latest_checkpoint(tmp_path / "run")).record["step"] == steps
 
 
+def test_more_minutes_than_the_steps_need_change_nothing(tmp_path, text):
+    options = ["--preset", "tiny", "--d-model", 8, "--layers", 1, "--heads", 1, "--context", 8, "--batch-size", 2]
+    assert main(["train", "--out", str(tmp_path), *map(str, options), "--data", str(text), "--minutes", "60"]) == 0
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["training"]["steps"] == 300
+
+
 def test_a_learnt_tokenizer_is_saved_with_the_model(tmp_path, text):
     assert train(tmp_path / "run", "--data", text, "--tokenizer", "bpe", "--vocab-size", 270) == 0
     restored = load_model(tmp_path / "run")
