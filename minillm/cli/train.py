@@ -194,7 +194,9 @@ def add_parser(subparsers) -> None:
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimiser steps")
-    length.add_argument("--minutes", type=float, default=None, help="fewer steps, if the preset's would take longer than this")
+    length.add_argument(
+        "--minutes", type=float, default=None, help="fewer steps, if the preset's would take longer than this"
+    )
     training.add_argument("--batch-size", type=int, help="sequences in a batch")
     training.add_argument("--accumulate", type=int, help="batches in a step")
     training.add_argument("--lr", type=float, help="largest learning rate")
