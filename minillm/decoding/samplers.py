@@ -124,17 +124,34 @@ def sample(
     Source: notes §10.5.
     Differs: the log-probability is that of the law sampled, not of the model at T = 1 (erratum 45).
     """
-    if not np.isfinite(logits.max(-1, initial=-np.inf)).all():
-        raise FloatingPointError("sample: every row of logits must have a finite maximum, got NaN or infinity.")
+    logits = keep_finite("sample", logits)
     if temperature == 0:
         return Sampled(greedy(logits), np.zeros(len(logits), logits.dtype))
-    kept = truncate(logits, temperature, top_k, top_p, min_p)
+    return draw(truncate(logits, temperature, top_k, top_p, min_p), uniforms)
+
+
+def draw(kept: Float[np.ndarray, "B V"], uniforms: Float[np.ndarray, " B"]) -> Sampled:
+    r"""Draw one token a row from the law with these logits, minus infinity where a token is excluded.
+
+    Equation: `sample-behaviour-logprob` $\log\pi_{\rm beh}$ of the choice
+    Shapes: kept (B, V), uniforms (B,) in [0, 1) -> ids (B,), logprobs (B,)
+    Raises: ValueError unless there is one uniform number a row.
+    Source: notes §10.5.
+    """
+    require(uniforms.shape == kept.shape[:1], "draw", "the uniform numbers", f"of shape {kept.shape[:1]}", uniforms)
     shifted = kept - kept.max(-1, keepdims=True)
     cumulative = np.exp(shifted).cumsum(-1, dtype=np.float64)  # (B, V)
     # An excluded token adds nothing, so the first entry above the threshold is never one.
     ids = (cumulative > uniforms[:, None] * cumulative[:, -1:]).argmax(-1)
     chosen = np.take_along_axis(shifted, ids[:, None], -1)[:, 0]
-    return Sampled(ids, (chosen - np.log(cumulative[:, -1])).astype(logits.dtype))
+    return Sampled(ids, (chosen - np.log(cumulative[:, -1])).astype(kept.dtype))
+
+
+def keep_finite(where: str, logits: np.ndarray) -> np.ndarray:
+    """The logits, if every row has a finite maximum; NaN and infinity end here."""
+    if not np.isfinite(logits.max(-1, initial=-np.inf)).all():
+        raise FloatingPointError(f"{where}: every row of logits must have a finite maximum, got NaN or infinity.")
+    return logits
 
 
 def probabilities(logits: Float[np.ndarray, "*B V"]) -> Float[np.ndarray, "*B V"]:
