@@ -1,11 +1,13 @@
 r"""Attention as written: scores, weights, context; multi-head, grouped and rotary."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Bool, Float
 
 from minillm.autograd import Tensor, where
 from minillm.autograd.registry import written
-from minillm.checks import require
+from minillm.checks import require, require_positive
 from minillm.functional.positions import rope, rotation_angles
 
 
@@ -48,16 +50,16 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 
 
 @written("scaled_scores", example=_example_scores)
-def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
+def scaled_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     r"""Scaled inner products of queries and keys.
 
     Equation: `scaled-dot-product` $\mathbf S=\frac{\mathbf Q\mathbf K^\top}{\sqrt{d_{\rm head}}}$, the mask comes with the weights
     Equation: `score-variance` $\mathrm{Var}\langle q,k\rangle=d_{\rm head}s_q^2s_k^2$, hence the root
     Shapes: q (B, H, L_q, d_head), k (B, H, L_k, d_head) -> (B, H, L_q, L_k)
     Source: bridging §1.1; notes §4.1.
-    Differs: the root is of the head's width, not the model's (erratum 20).
+    Differs: the root is of the head's width, not the model's (erratum 20); ``scale`` replaces it (T5: 1).
     """
-    return (q @ k.T) * (1.0 / float(np.sqrt(q.shape[-1])))
+    return (q @ k.T) * float(1.0 / np.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def _example_weights(rng):
@@ -90,11 +92,36 @@ def attention_weights(scores: Tensor, keep: np.ndarray | None = None) -> Tensor:
 
 def _example(rng):
     H, H_kv = [(2, 2), (4, 2), (3, 1)][rng.integers(3)]
-    L_q, L_k = [(4, 4), (2, 5), (1, 3)][rng.integers(3)]
-    q = rng.normal(size=(2, H, L_q, 3))
-    return (q, rng.normal(size=(2, H_kv, L_k, 3)), rng.normal(size=(2, H_kv, L_k, 2))), {
-        "keep": [None, causal_mask(L_q, L_k)][rng.integers(2)]
-    }
+    L_q, L_k = [(4, 4), (2, 5), (1, 3), (5, 2)][rng.integers(4)]
+    arrays = rng.normal(size=(2, H, L_q, 3)), rng.normal(size=(2, H_kv, L_k, 3)), rng.normal(size=(2, H_kv, L_k, 2))
+    keep = [None, rng.random((2, 1, L_q, L_k)) < 0.7, rng.random((H, L_q, L_k)) < 0.7][rng.integers(3)]
+    bias = [None, rng.normal(size=(H, L_q, L_k)), rng.normal(size=(2, 1, 1, L_k))][rng.integers(3)]
+    shape = [{}, {"causal": True}, {"causal": True, "window": int(rng.integers(1, 4))}][rng.integers(3)]
+    return (*arrays, keep, bias), {**shape, "scale": [None, 0.5][rng.integers(2)]}
+
+
+def check_pattern(name: str, L_q: int, L_k: int, keep, bias, H: int, B: int, causal: bool, window: int | None) -> None:
+    """Refuse a mask, bias or window that does not fit the scores (B, H, L_q, L_k)."""
+    if window is not None:
+        require(causal, name, "window", "left out without causal=True (a window looks back)", window)
+        require_positive(window, name, "window", integer=True)
+    for what, given in (("the mask", keep), ("the bias", bias)):
+        if given is None:
+            continue
+        full, shape = (B, H, L_q, L_k), tuple(given.shape)
+        fits = len(shape) <= 4 and all(n in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False))
+        require(fits, name, what, f"broadcastable to (B, H, L_q, L_k) = {full}", given)
+    if keep is not None:
+        require(keep.dtype == bool, name, "the mask", "boolean, true where attention is allowed", keep)
+
+
+def keep_of(L_q: int, L_k: int, keep: np.ndarray | None, causal: bool, window: int | None) -> np.ndarray | None:
+    """The mask that a pattern and a given mask amount to together."""
+    if not causal:
+        return keep
+    distance = (np.arange(L_q)[:, None] + L_k - L_q) - np.arange(L_k)  # (L_q, L_k)
+    seen = (distance >= 0) & (distance < (L_q + L_k if window is None else window))
+    return seen if keep is None else seen & keep
 
 
 @written("scaled_dot_product_attention", example=_example)
@@ -103,19 +130,31 @@ def scaled_dot_product_attention(
     k: Float[Tensor, "B H_kv L_k d"],
     v: Float[Tensor, "B H_kv L_k d_v"],
     keep: np.ndarray | None = None,
+    bias: Any = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "B H L_q d_v"]:
     r"""Weigh the values by how well the keys answer the queries.
 
     Equation: `attention-context` $\mathbf c_t^{(h)}=\sum_s\alpha^{(h)}_{t,s}\mathbf V^{(h)}_s$
     Equation: `gqa` $\mathbf S_h=\mathbf Q_h\mathbf K_{g(h)}^\top/\sqrt{d_{\rm head}}+\mathbf M,\ g(h)=\lfloor hH_{kv}/H\rfloor$
     Equation: `mqa` the same with $H_{kv}=1$
-    Shapes: q (B, H, L_q, d_head), k (B, H_kv, L_k, d_head), v (B, H_kv, L_k, d_v), keep broadcastable to
-        (B, H, L_q, L_k) -> (B, H, L_q, d_v)
+    Shapes: q (B, H, L_q, d_head), k (B, H_kv, L_k, d_head), v (B, H_kv, L_k, d_v), keep and bias broadcastable to
+        (B, H, L_q, L_k) -> (B, H, L_q, d_v). ``causal`` aligns the last query with the last key (as with a cache);
+        with it, ``window`` keeps the last so many keys up to the query's own.
     Raises: ValueError if the shapes do not belong together or H_kv does not divide H.
     Source: bridging §1.2; notes §4.1, §4.2, §4.4.
+    Differs: groups are counted from 0 (erratum 23); a query that sees nothing gets 0.
     """
     times = check_attention(q, k, v)
-    weights = attention_weights(scaled_scores(q, repeat_heads(k, times)), keep)
+    B, H, L_q, _ = q.shape
+    check_pattern("scaled_dot_product_attention", L_q, k.shape[2], keep, bias, H, B, causal, window)
+    scores = scaled_scores(q, repeat_heads(k, times), scale)  # (B, H, L_q, L_k)
+    if bias is not None:
+        scores = scores + bias
+    weights = attention_weights(scores, keep_of(L_q, k.shape[2], keep, causal, window))
     return weights @ repeat_heads(v, times)
 
 

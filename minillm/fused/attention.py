@@ -1,22 +1,9 @@
-r"""Causal rotary attention in one piece, with a hand-derived gradient and no $L\times L$ memory.
+r"""Attention in one piece, with hand-derived gradients and no $L\times L$ memory; `attention_blocks.py` says how.
 
 Equation: `mha` $\mathrm{Concat}_h(\mathrm{softmax}(\mathbf S_h)\mathbf V_h)$
-Source: notes §4.1, §4.10; the recomputation in the backward pass is that of FlashAttention (Dao et al. 2022).
-
-How the work is cut. A task is a group of sequences and a block of queries $[i_0,i_1)$; it sees the keys
-$[0,i_1)$ and no others, so most of the masked half is never computed. Scores are kept transposed,
-$S^\top=\mathbf K\mathbf Q^\top$ with keys on rows: maxima and sums over keys then run along rows of queries,
-where NumPy adds whole vectors. Only the square on the diagonal needs a mask.
-
-What is kept. Rotated queries and keys, the output and one number per query and head, the logarithm of the
-normaliser, from which the backward pass makes the probabilities again: $P=\exp(S-\mathrm{LSE})$.
-
-The gradient. With $O=PV$: $\bar V=P^\top\bar O$ and $\bar P=\bar OV^\top$. The softmax gives
-$\bar S=P\odot(\bar P-\delta)$ with $\delta_i=\sum_j\bar P_{ij}P_{ij}=\sum_d\bar O_{id}O_{id}$. Then
-$\bar Q=\bar SK$ and $\bar K=\bar S^\top Q$, both turned back by the rotation.
+Source: notes §4.1, §4.10.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,11 +11,55 @@ import numpy as np
 from minillm.autograd import Tensor, is_recording, scratch
 from minillm.autograd.operation import derived
 from minillm.autograd.tape import wrap
-from minillm.functional.attention import check_rotary
+from minillm.functional.attention import check_attention, check_pattern, check_rotary
+from minillm.fused import attention_blocks as blocks
+from minillm.fused.attention_blocks import Pattern
 from minillm.fused.positions import rotate
 
-QUERY_BLOCK = 64
-GROUP_BYTES = 1 << 20  # scores of one task: they should stay in the second-level cache
+
+@derived("scaled_dot_product_attention")
+def scaled_dot_product_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    keep: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+):
+    r"""Weigh the values by how well the keys answer the queries.
+
+    Equation: `attention-context` $\mathbf c_t^{(h)}=\sum_s\alpha^{(h)}_{t,s}\mathbf V^{(h)}_s$
+    Equation: `gqa` head h reads key/value head $\lfloor hH_{kv}/H\rfloor$
+    Equation: `flash-attention` blocks of queries, the log-normaliser kept and the probabilities made again
+    Shapes: q (B, H, L_q, d_head), k (B, H_kv, L_k, d_head), v (B, H_kv, L_k, d_v), keep and bias broadcastable to
+        (B, H, L_q, L_k) -> (B, H, L_q, d_v); keeps scaled queries, the output and the log-normalisers (B, H, L_q).
+    Raises: ValueError if the shapes do not belong together or H_kv does not divide H.
+    Source: notes §4.1, §4.4, §4.10.
+    """
+    check_attention(q, k, v)
+    (B, H, L_q, d_head), (_, H_kv, L_k, d_v) = q.shape, v.shape
+    check_pattern("scaled_dot_product_attention", L_q, L_k, keep, bias, H, B, causal, window)
+    factor = q.dtype.type(1.0 / np.sqrt(d_head) if scale is None else scale)
+    scaled = np.multiply(q, factor, out=scratch.empty(q.shape, q.dtype))
+    pattern = Pattern(L_q, L_k, causal, window, blocks.in_five_axes(keep, H_kv), blocks.in_five_axes(bias, H_kv))
+    out = scratch.empty((B, L_q, H, d_v), q.dtype).transpose(0, 2, 1, 3)  # heads side by side: merging copies nothing
+    lse = scratch.empty((B, H_kv, H // H_kv, 1, L_q), q.dtype)
+    q5, o5, k5, v5 = blocks.by_kv_head(scaled, H_kv), blocks.by_kv_head(out, H_kv), k[:, :, None], v[:, :, None]
+    work = blocks.tasks(B, H_kv, H // H_kv, L_q, L_k, q.itemsize)
+    blocks.forward(q5, k5, v5, o5, lse, pattern, work)
+
+    def vjp(dy):
+        dq, dk, dv = (scratch.empty(a.shape, q.dtype) for a in (q, k, v))
+        delta = np.einsum("bhld,bhld->bhl", dy, out).reshape(lse.shape)
+        do5, dq5 = blocks.by_kv_head(dy, H_kv), blocks.by_kv_head(dq, H_kv)
+        dbias = blocks.backward(q5, k5, v5, lse, delta, do5, dq5, dk[:, :, None], dv[:, :, None], pattern, work)
+        dq *= factor
+        return dq, dk, dv, None, None if bias is None or dbias is None else dbias.reshape(bias.shape)
+
+    return out, vjp
 
 
 @derived("rotary_attention")
@@ -51,9 +82,8 @@ def rotary_attention(qkv: np.ndarray, angles: np.ndarray, *, H: int, H_kv: int, 
     out = scratch.empty((B, L, H, d_head), qkv.dtype)
     lse = scratch.empty((B, H_kv, H // H_kv, 1, L), qkv.dtype)
     q, k, v, o = _by_head(qk, value, out, H, H_kv)
-    tasks = _tasks(B, L, H, qkv.itemsize)
-    for rows, block in tasks:
-        _forward_block(q[rows], k[rows], v[rows], o[rows], lse[rows], block)
+    pattern, work = Pattern(L, L, causal=True), blocks.tasks(B, H_kv, H // H_kv, L, L, qkv.itemsize)
+    blocks.forward(q, k, v, o, lse, pattern, work)
 
     def vjp(dy):
         dqkv = scratch.empty((B, L, H + 2 * H_kv, d_head), qkv.dtype)
@@ -62,10 +92,7 @@ def rotary_attention(qkv: np.ndarray, angles: np.ndarray, *, H: int, H_kv: int, 
         dq, dk, dv, do = _by_head(dqk, dqkv[:, :, H + H_kv :], d_out, H, H_kv)
         delta = np.multiply(d_out, out, out=scratch.empty(out.shape, qkv.dtype)) @ np.ones(d_head, qkv.dtype)
         delta = delta.transpose(0, 2, 1).reshape(lse.shape)
-        for rows, block in tasks:
-            _backward_block(
-                q[rows], k[rows], v[rows], lse[rows], delta[rows], do[rows], dq[rows], dk[rows], dv[rows], block
-            )
+        blocks.backward(q, k, v, lse, delta, do, dq, dk, dv, pattern, work)
         turn.backward(dqk, dqkv)
         return dqkv.reshape(qkv.shape)
 
@@ -123,67 +150,6 @@ def _by_head(qk, value, out, H: int, H_kv: int):
     return q, k, value.transpose(0, 2, 1, 3)[:, :, None], o
 
 
-def _tasks(B: int, L: int, H: int, itemsize: int) -> list[tuple[slice, tuple[int, int]]]:
-    """Groups of sequences times blocks of queries, latest block first, so that it sets dk and dv."""
-    block = QUERY_BLOCK if L > QUERY_BLOCK * 3 // 2 else max(L, 1)
-    group = max(1, GROUP_BYTES // max(H * L * block * itemsize, 1))
-    starts = list(range(0, L, block))
-    return [(slice(b, b + group), (i, min(i + block, L))) for b in range(0, B, group) for i in reversed(starts)]
-
-
-@lru_cache(maxsize=32)
-def _diagonal_mask(n: int, dtype: np.dtype) -> np.ndarray:
-    """Additive mask of the square on the diagonal, transposed: minus infinity where key > query."""
-    mask = np.where(np.tril(np.ones((n, n), bool), -1), -np.inf, 0).astype(dtype)
-    mask.flags.writeable = False
-    return mask
-
-
-def _scores(q, k, block: tuple[int, int]) -> np.ndarray:
-    """Masked, transposed scores of one task: (b, H_kv, H/H_kv, keys, queries)."""
-    start, stop = block
-    s = scratch.empty((*q.shape[:3], stop, stop - start), q.dtype)
-    np.matmul(k[..., :stop, :], q[..., start:stop, :].swapaxes(-1, -2), out=s)
-    s[..., start:, :] += _diagonal_mask(stop - start, q.dtype)
-    return s
-
-
-def _forward_block(q, k, v, o, lse, block: tuple[int, int]) -> None:
-    start, stop = block
-    s = _scores(q, k, block)
-    top = s.max(-2, keepdims=True)  # (b, H_kv, H/H_kv, 1, queries)
-    s -= top
-    np.exp(s, out=s)
-    total = np.ones((1, stop), s.dtype) @ s
-    np.matmul(s.swapaxes(-1, -2), v[..., :stop, :], out=o[..., start:stop, :])
-    o[..., start:stop, :] /= total.swapaxes(-1, -2)
-    np.add(np.log(total), top, out=lse[..., start:stop])
-
-
-def _backward_block(q, k, v, lse, delta, do, dq, dk, dv, block: tuple[int, int]) -> None:
-    start, stop = block
-    queries, keys = np.s_[..., start:stop, :], np.s_[..., :stop, :]
-    p = _scores(q, k, block)
-    p -= lse[..., start:stop]
-    np.exp(p, out=p)
-    ds = np.matmul(v[keys], do[queries].swapaxes(-1, -2), out=scratch.empty(p.shape, p.dtype))
-    _accumulate(dv, p, do[queries], keys, first=stop == q.shape[-2])
-    ds -= delta[..., start:stop]
-    ds *= p
-    np.matmul(ds.swapaxes(-1, -2), k[keys], out=dq[queries])
-    _accumulate(dk, ds, q[queries], keys, first=stop == q.shape[-2])
-
-
-def _accumulate(target, weights, rows, keys, first: bool) -> None:
-    """target[keys] (+)= weights rows, summed over the query heads that share a key head."""
-    part = np.matmul(weights, rows)
-    part = part.sum(2, keepdims=True) if part.shape[2] > 1 else part
-    if first:
-        target[...] = part
-    else:
-        target[keys] += part
-
-
 def cached_attention(
     qkv: Tensor, angles: np.ndarray, cache: Any, layer: int, *, H: int, H_kv: int, pairing: str = "interleaved"
 ) -> Tensor:
@@ -205,7 +171,7 @@ def cached_attention(
     keys, values = cache.write(layer, k[:, :, 0], v[:, :, 0])
     s = q @ keys[:, :, None].swapaxes(-1, -2)  # (B, H_kv, H/H_kv, L_new, L_all)
     if L > 1:
-        s += _diagonal_mask(s.shape[-1], s.dtype).T[-L:]
+        s += blocks.later_keys(L, s.shape[-1], s.dtype)
     s -= s.max(-1, keepdims=True)
     np.exp(s, out=s)
     s /= s.sum(-1, keepdims=True)

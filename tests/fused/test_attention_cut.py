@@ -1,5 +1,7 @@
 """The fused attention however its work is cut, and its cached form: both equal the equation as written."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,8 +11,20 @@ from minillm.autograd import Tensor, no_grad
 from minillm.functional import attention as written
 from minillm.functional.positions import rotation_angles
 from minillm.fused import attention as fused
+from minillm.fused import attention_blocks as blocks
 from minillm.nn.cache import KVCache
 from tests import forms, strategies
+
+
+@contextmanager
+def cut(block: int, group_bytes: int):
+    """Blocks and groups of a size that small problems have several of."""
+    before = blocks.QUERY_BLOCK, blocks.GROUP_BYTES
+    blocks.QUERY_BLOCK, blocks.GROUP_BYTES = block, group_bytes
+    try:
+        yield
+    finally:
+        blocks.QUERY_BLOCK, blocks.GROUP_BYTES = before
 
 
 def problem(seed: int, B: int, L: int, H: int, H_kv: int, pairing: str):
@@ -35,14 +49,37 @@ def test_groups_of_sequences_and_blocks_of_queries_do_not_show(seed, B, L, heads
     H, H_kv = heads
     qkv, how = problem(seed, B, L, H, H_kv, pairing)
     wanted = forms.evaluate(written.rotary_attention, (qkv,), how)
-    before = fused.QUERY_BLOCK, fused.GROUP_BYTES
     actual_block = block if 3 * block // 2 < L else L
-    try:
-        fused.QUERY_BLOCK, fused.GROUP_BYTES = block, group * H * L * actual_block * qkv.itemsize
-        assert len({rows.start for rows, _ in fused._tasks(B, L, H, qkv.itemsize)}) == -(-B // group)
+    with cut(block, group * H * L * actual_block * qkv.itemsize):
+        work = blocks.tasks(B, H_kv, H // H_kv, L, L, qkv.itemsize)
+        assert len({task.rows.start for task in work}) == -(-B // group)
         found = forms.evaluate(fused.rotary_attention, (qkv,), how)
-    finally:
-        fused.QUERY_BLOCK, fused.GROUP_BYTES = before
+    for a, b in zip(found.arrays, wanted.arrays, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.equation("gqa", "cross-attention", "flash-attention", "sparse-attention-window")
+@settings(max_examples=60)
+@given(
+    seed=strategies.seeds(),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    heads=st.sampled_from([(2, 2), (4, 2), (2, 1)]),
+    pattern=st.sampled_from([{}, {"causal": True}, {"causal": True, "window": 1}, {"causal": True, "window": 3}]),
+    keep_shape=st.sampled_from([None, "BHqk", "qk", "B11k", "1Hqk"]),
+    bias_shape=st.sampled_from([None, "BHqk", "qk", "B11k", "1Hqk"]),
+    block=st.integers(1, 4),
+    group_bytes=st.sampled_from([1, 300, 1 << 20]),
+)
+def test_any_pattern_however_it_is_cut(seed, sizes, heads, pattern, keep_shape, bias_shape, block, group_bytes):
+    """Masks, biases, windows, other lengths of queries and keys, rows that see nothing; value and gradient."""
+    rng, (B, L_q, L_k), (H, H_kv) = np.random.default_rng(seed), sizes, heads
+    lengths = {"B": B, "H": H, "q": L_q, "k": L_k, "1": 1}
+    keep, bias = (shape and rng.normal(size=[lengths[a] for a in shape]) for shape in (keep_shape, bias_shape))
+    keep = None if keep is None else keep > -0.5
+    q, k, v = (rng.normal(size=size) for size in ((B, H, L_q, 3), (B, H_kv, L_k, 3), (B, H_kv, L_k, 2)))
+    wanted = forms.evaluate(written.scaled_dot_product_attention, (q, k, v, keep, bias), pattern)
+    with cut(block, group_bytes):
+        found = forms.evaluate(fused.scaled_dot_product_attention, (q, k, v, keep, bias), pattern)
     for a, b in zip(found.arrays, wanted.arrays, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
