@@ -182,8 +182,11 @@ def backward(q, k, v, lse, delta, do, dq, dk, dv, pattern: Pattern, work: list[T
         if task.first and not pattern.covers_all_keys(task.block):
             task.of(dk)[...] = 0
             task.of(dv)[...] = 0
-        arrays = [task.of(array) for array in (q, k, v, lse, delta, do, dq, dk, dv)]
-        _backward_block(*arrays, dbias, pattern, task)
+        mine = task.of
+        _backward_block(
+            mine(q), mine(k), mine(v), mine(lse), mine(delta), mine(do), mine(dq), mine(dk), mine(dv),
+            dbias, pattern, task,
+        )  # fmt: skip
     return dbias
 
 
