@@ -111,16 +111,22 @@ def read_gguf(path: str | os.PathLike) -> GGUF:
         )
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _Reader(path, mapped).read()
+    return parse_gguf(mapped, path)
+
+
+def parse_gguf(data: mmap.mmap | bytes, path: Path) -> GGUF:
+    """What the bytes of a GGUF file hold; ``path`` is for messages."""
+    return _Reader(path, data).read()
 
 
 class _Reader:
     """Walks through the mapped file; `take` is the only place where a position moves."""
 
-    def __init__(self, path: Path, mapped: mmap.mmap):
+    def __init__(self, path: Path, mapped: mmap.mmap | bytes):
         self.path, self.mapped, self.size, self.at = path, mapped, len(mapped), 0
 
     def wrong(self, what: str, wanted: str, received: Any) -> ValueError:
+        what = "".join(c if c.isprintable() else "?" for c in what[:80])  # names come from the file
         return ValueError(message("read_gguf", f"{what} in {self.path}", wanted, received, "Is the file complete?"))
 
     # -- pieces ----------------------------------------------------------------------------------------------
