@@ -3,25 +3,13 @@ r"""Attention as written: scores, weights, context; multi-head, grouped and rota
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from minillm.autograd import Tensor, where
 from minillm.autograd.registry import written
 from minillm.checks import require, require_positive
+from minillm.functional.masks import causal_mask
 from minillm.functional.positions import rope, rotation_angles
-
-
-def causal_mask(L_q: int, L_k: int | None = None) -> Bool[np.ndarray, "L_q L_k"]:
-    r"""Keep-mask of a decoder: query i sees keys up to its own position.
-
-    Equation: `mask-causal` keep $j\le i$
-    Shapes: -> (L_q, L_k), true where attention is allowed; with more keys than queries, the last query is aligned
-        with the last key, as when the first L_k - L_q keys come from a cache.
-    Source: bridging §1.1; notes §8.4.
-    Differs: the diagonal is kept, though notes call the mask strict (erratum 30).
-    """
-    L_k = L_q if L_k is None else L_k
-    return np.tril(np.ones((L_q, L_k), dtype=bool), k=L_k - L_q)
 
 
 def _example_scores(rng):
