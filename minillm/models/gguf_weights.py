@@ -5,44 +5,15 @@ against each other (its writer reordered them from the order of halves). That is
 the matrices are taken as they are; :func:`minillm.models.llama_weights.to_llama` puts them back for transformers.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from minillm.checks import message, require
 from minillm.data.gguf import GGUF, GGUFTensor
+from minillm.functional.block_formats import DEQUANTISE
 from minillm.models.blank import BLANK
 from minillm.models.decoder import Decoder, DecoderConfig
 
-
-def _f32(blocks: np.ndarray) -> np.ndarray:
-    return blocks.view("<f4")
-
-
-def _f16(blocks: np.ndarray) -> np.ndarray:
-    return blocks.view("<f2").astype(np.float32)
-
-
-def _bf16(blocks: np.ndarray) -> np.ndarray:
-    return (blocks.view("<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-def _q8_0(blocks: np.ndarray) -> np.ndarray:
-    return blocks[:, 2:].view(np.int8) * blocks[:, :2].copy().view("<f2").astype(np.float32)
-
-
-def _q4_1(blocks: np.ndarray) -> np.ndarray:
-    scale, low = blocks[:, :4].copy().view("<f2").astype(np.float32).T[:, :, None]
-    return np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1) * scale + low
-
-
-DEQUANTISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "F32": _f32,
-    "F16": _f16,
-    "BF16": _bf16,
-    "Q8_0": _q8_0,
-    "Q4_1": _q4_1,
-}
+FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
 
 PLAIN = {  # within a layer: ours -> the file's
     "attention_norm.gain": "attn_norm.weight",
@@ -66,9 +37,16 @@ def dequantise(tensor: GGUFTensor) -> np.ndarray:
 
     Raises: ValueError for a kind of blocks that is not supported.
     """
-    kind = tensor.kind.name
-    require(kind in DEQUANTISE, "dequantise", f"the kind of {tensor.name}", "one of " + ", ".join(DEQUANTISE), kind)
-    return np.ascontiguousarray(DEQUANTISE[kind](tensor.blocks).reshape(tensor.shape), np.float32)
+    kind, raw = tensor.kind.name, tensor.blocks.reshape(-1)
+    known = [*FLOATS, "BF16", *DEQUANTISE]
+    require(kind in known, "dequantise", f"the kind of {tensor.name}", "one of " + ", ".join(known), kind)
+    if kind in FLOATS:
+        numbers = raw.view(FLOATS[kind])
+    elif kind == "BF16":  # the upper half of a float32
+        numbers = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        numbers = DEQUANTISE[kind](raw)
+    return np.ascontiguousarray(numbers.reshape(tensor.shape), np.float32)
 
 
 def gguf_config(file: GGUF, context: int | None = None) -> DecoderConfig:

@@ -6,7 +6,8 @@ The two sides hold the same matrices, (d_out, d_in), in other groups:
     blocks.i.attention.w_qkv         q_proj, k_proj, v_proj, one above the other
     blocks.i.ffn.w_value_gate        up_proj, gate_proj, one above the other
 
-Their rotary positions turn the two halves of a head against each other: rope_pairing "half".
+Their rotary positions turn the two halves of a head against each other: rope_pairing "half". A decoder that turns
+neighbours instead is the same function with the rows of its query and key maps in another order (:func:`halves`).
 """
 
 from collections.abc import Mapping
@@ -66,6 +67,22 @@ def llama_config(theirs: Mapping[str, Any], context: int | None = None) -> Decod
     )
 
 
+def neighbours(rows: np.ndarray, d_head: int) -> np.ndarray:
+    """Rows of heads from the order of halves, pairs (i, i + d_head / 2), to that of neighbours, (2 i, 2 i + 1)."""
+    heads = rows.reshape(-1, 2, d_head // 2, *rows.shape[1:])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def halves(rows: np.ndarray, d_head: int) -> np.ndarray:
+    """The way back: rows of heads from the order of neighbours to that of halves."""
+    heads = rows.reshape(-1, d_head // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _turned(part: str) -> bool:
+    return part in ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
+
+
 def from_llama(weights: Mapping[str, np.ndarray], config: DecoderConfig) -> dict[str, np.ndarray]:
     """Our `state_dict` from theirs.
 
@@ -86,7 +103,10 @@ def from_llama(weights: Mapping[str, np.ndarray], config: DecoderConfig) -> dict
         for ours, theirs in PLAIN.items():
             state[f"blocks.{i}.{ours}"] = take(f"model.layers.{i}.{theirs}")
         for ours, parts in JOINT.items():
-            state[f"blocks.{i}.{ours}"] = np.concatenate([take(f"model.layers.{i}.{part}") for part in parts])
+            found = {part: take(f"model.layers.{i}.{part}") for part in parts}
+            if config.rope_pairing == "interleaved":
+                found |= {part: neighbours(rows, config.d_head) for part, rows in found.items() if _turned(part)}
+            state[f"blocks.{i}.{ours}"] = np.concatenate(list(found.values()))
     require(not left, "from_llama", "the weights", "those of a plain LLaMA", f"also {', '.join(sorted(left)[:3])}")
     return state
 
@@ -102,7 +122,9 @@ def to_llama(state: Mapping[str, np.ndarray], config: DecoderConfig) -> dict[str
             weights[f"model.layers.{i}.{theirs}"] = state[f"blocks.{i}.{ours}"]
         for ours, parts in JOINT.items():
             pieces = np.split(state[f"blocks.{i}.{ours}"], edges[ours])
-            weights.update({f"model.layers.{i}.{part}": piece for part, piece in zip(parts, pieces, strict=True)})
+            for part, piece in zip(parts, pieces, strict=True):
+                turned = config.rope_pairing == "interleaved" and _turned(part)
+                weights[f"model.layers.{i}.{part}"] = halves(piece, config.d_head) if turned else piece
     return weights
 
 
