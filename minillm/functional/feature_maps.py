@@ -68,9 +68,9 @@ def exp_features(x: Float[Tensor, "... d"], c: float | None = None) -> Float[Ten
     Differs: the notes print $c=d_{\rm head}$, which is so flat that the weights are nearly uniform; that value can
         be given. With either it is not an approximation of the softmax's kernel (erratum 29).
     """
-    c = x.shape[-1] ** 0.25 if c is None else c
-    require_positive(c, "exp_features", "c")
-    return (x * (1.0 / c)).exp()
+    width = float(x.shape[-1] ** 0.25) if c is None else c
+    require_positive(width, "exp_features", "c")
+    return (x * (1.0 / width)).exp()
 
 
 def draw_directions(
