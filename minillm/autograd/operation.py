@@ -5,9 +5,11 @@ $y=f(x_1,\dots,x_n)$ and a cotangent $\bar y$, the $i$-th VJP returns
 $\bar x_i=\bar y\,\partial f/\partial x_i$, written with tensor operations.
 
 A `Derived` form is a NumPy function that returns its value together with a closure
-``vjp(cotangents...) -> gradients...`` over whatever it chose to keep.
+``vjp(cotangents...) -> gradients...`` over whatever it chose to keep. If it has a parameter ``wanted``, it is told
+which of its arguments need a gradient.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -148,14 +150,17 @@ class Derived:
         self.__name__, self.__qualname__ = function.__name__, function.__qualname__
         self.__doc__, self.__module__ = function.__doc__, function.__module__
         self.__wrapped__ = function
+        self.asks = "wanted" in inspect.signature(function).parameters
 
     def __repr__(self) -> str:
         return f"<derived {self.name}>"
 
     def __call__(self, *args: Any, **params: Any) -> Any:
         args = _one_precision(self.name, args)
-        value, vjp = self.arrays(*[a.data if isinstance(a, Variable) else a for a in args], **params)
-        record = is_recording() and any(isinstance(a, Variable) and a.requires_grad for a in args)
+        wanted = tuple(isinstance(a, Variable) and a.requires_grad for a in args)
+        record = is_recording() and any(wanted)
+        more = {"wanted": wanted} if self.asks else {}
+        value, vjp = self.arrays(*[a.data if isinstance(a, Variable) else a for a in args], **params, **more)
         if not isinstance(value, tuple):
             out = wrap(value)
             if record:

@@ -9,8 +9,9 @@ import time
 
 from tqdm import tqdm
 
-from minillm.checks import require_positive
-from minillm.cli.benchmark.cases import CASES
+from minillm.checks import require_one_of, require_positive
+from minillm.cli.benchmark.families import Family
+from minillm.cli.benchmark.table import FAMILIES
 from minillm.cli.output import print_json, print_table
 from minillm.training.step import available_cores
 
@@ -21,8 +22,8 @@ PAUSE = 0.25  # seconds between two turns, so that the other side's idle worker 
 class Side:
     """A worker process that takes timed steps when told to and sleeps in between."""
 
-    def __init__(self, side: str, case: str, threads: int):
-        command = [sys.executable, "-m", "minillm.cli.benchmark.worker", side, case, str(threads)]
+    def __init__(self, family: str, case: str, side: str, threads: int):
+        command = [sys.executable, "-m", "minillm.cli.benchmark.worker", family, case, side, str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def turn(self, steps: int) -> dict:
@@ -43,10 +44,15 @@ class Side:
         self.process.wait()
 
 
-def measure_case(name: str, rounds: int, threads: int, with_torch: bool, progress: tqdm) -> dict:
+def sides_of(family: Family, with_torch: bool) -> list[str]:
+    """The sides of a family that can run here, ours first."""
+    return ["ours", *(side for side in family.sides if side != "ours" and (with_torch or side != "torch"))]
+
+
+def measure_case(family: Family, name: str, rounds: int, threads: int, with_torch: bool, progress: tqdm) -> dict:
     """Alternate the sides for some rounds; medians of their times and of the ratio of each round."""
-    case = CASES[name]
-    sides = {side: Side(side, name, threads) for side in (["ours", "torch"] if with_torch else ["ours"]) + ["floor"]}
+    case = family.cases[name]
+    sides = {side: Side(family.name, name, side, threads) for side in sides_of(family, with_torch)}
     turns: dict[str, list[dict]] = {side: [] for side in sides}
     try:
         for _ in range(rounds):
@@ -61,18 +67,19 @@ def measure_case(name: str, rounds: int, threads: int, with_torch: bool, progres
     ratios = [ours / peer for ours, peer in zip(seconds["ours"], seconds.get("torch", []), strict=False)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [None, None, None]
     return {
-        "case": f"train {name}",
+        "case": f"{family.name} {name}",
         "ours_s": median["ours"],
-        "peer": "torch eager" if ratios else None,
+        "peer": family.peer if ratios else None,
         "peer_s": median.get("torch"),
         "ratio": statistics.median(ratios) if ratios else None,
         "spread": [quartiles[0], quartiles[2]],
-        "floor_s": median["floor"],
-        "of_floor": median["ours"] / median["floor"],
+        "floor_s": median.get("floor"),
+        "of_floor": median["ours"] / median["floor"] if "floor" in median else None,
         "ours_mib": turns["ours"][-1]["step_mib"],
         "peer_mib": turns["torch"][-1]["step_mib"] if ratios else None,
         "runs": rounds,
         "threads": threads,
+        **family.columns(case, median),
     }
 
 
@@ -81,26 +88,39 @@ def has_torch() -> bool:
     return subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
 
 
+def chosen_cases(families: list[str], names: list[str] | None) -> list[tuple[Family, str]]:
+    """The cases asked for; a name belongs to every chosen family that has it."""
+    known = [(FAMILIES[family], name) for family in families for name in FAMILIES[family].cases]
+    for name in names or []:
+        require_one_of(name, [known_name for _, known_name in known], "bench", "--case")
+    return [(family, name) for family, name in known if names is None or name in names]
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure the chosen cases and print them."""
     require_positive(args.rounds, "bench", "--rounds", integer=True)
     require_positive(args.threads, "bench", "--threads", integer=True)
+    cases = chosen_cases(args.family, args.case)
     with_torch = has_torch()
     if not with_torch:
         print("bench: torch is not installed, so there is no peer; floor and our own times only.", file=sys.stderr)
     rows = []
-    n_sides = 3 if with_torch else 2
-    with tqdm(total=len(args.case) * args.rounds * n_sides, file=sys.stderr, desc="bench", unit="turn") as progress:
-        for name in args.case:
-            rows.append(measure_case(name, args.rounds, args.threads, with_torch, progress))
+    turns = args.rounds * sum(len(sides_of(family, with_torch)) for family, _ in cases)
+    with tqdm(total=turns, file=sys.stderr, desc="bench", unit="turn") as progress:
+        for family, name in cases:
+            rows.append(measure_case(family, name, args.rounds, args.threads, with_torch, progress))
     print_json(rows) if args.json else print_table(rows, COLUMNS)
     return 0
 
 
 def add_parser(subparsers) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("bench", help="training steps beside eager PyTorch on this CPU", description=__doc__)
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="sizes to measure")
+    parser = subparsers.add_parser("bench", help="this engine beside eager PyTorch on this CPU", description=__doc__)
+    about = "; ".join(f"{family.name}: {family.about}" for family in FAMILIES.values())
+    parser.add_argument(
+        "--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help=f"what to measure ({about})"
+    )
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases, for instance XS or causal-1024")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of alternation (default %(default)s)")
     parser.add_argument("--threads", type=int, default=min(2, available_cores()), help="threads for each side")
     parser.add_argument("--json", action="store_true", help="one JSON array on standard output")

@@ -28,6 +28,7 @@ def scaled_dot_product_attention(
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    wanted: tuple[bool, ...] = (),
 ):
     r"""Weigh the values by how well the keys answer the queries.
 
@@ -40,6 +41,7 @@ def scaled_dot_product_attention(
     Source: notes §4.1, §4.4, §4.10.
     """
     check_attention(q, k, v)
+    learnt = len(wanted) > 4 and wanted[4]  # a bias that is not learnt needs no gradient as large as the scores
     (B, H, L_q, d_head), (_, H_kv, L_k, d_v) = q.shape, v.shape
     check_pattern("scaled_dot_product_attention", L_q, L_k, keep, bias, H, B, causal, window)
     factor = q.dtype.type(1.0 / np.sqrt(d_head) if scale is None else scale)
@@ -55,7 +57,8 @@ def scaled_dot_product_attention(
         dq, dk, dv = (scratch.empty(a.shape, q.dtype) for a in (q, k, v))
         delta = np.einsum("bhld,bhld->bhl", dy, out).reshape(lse.shape)
         do5, dq5 = blocks.by_kv_head(dy, H_kv), blocks.by_kv_head(dq, H_kv)
-        dbias = blocks.backward(q5, k5, v5, lse, delta, do5, dq5, dk[:, :, None], dv[:, :, None], pattern, work)
+        dbias = np.zeros(pattern.bias.shape, q.dtype) if learnt and pattern.bias is not None else None
+        blocks.backward(q5, k5, v5, lse, delta, do5, dq5, dk[:, :, None], dv[:, :, None], dbias, pattern, work)
         dq *= factor
         return dq, dk, dv, None, None if bias is None or dbias is None else dbias.reshape(bias.shape)
 
@@ -92,7 +95,7 @@ def rotary_attention(qkv: np.ndarray, angles: np.ndarray, *, H: int, H_kv: int, 
         dq, dk, dv, do = _by_head(dqk, dqkv[:, :, H + H_kv :], d_out, H, H_kv)
         delta = np.multiply(d_out, out, out=scratch.empty(out.shape, qkv.dtype)) @ np.ones(d_head, qkv.dtype)
         delta = delta.transpose(0, 2, 1).reshape(lse.shape)
-        blocks.backward(q, k, v, lse, delta, do, dq, dk, dv, pattern, work)
+        blocks.backward(q, k, v, lse, delta, do, dq, dk, dv, None, pattern, work)
         turn.backward(dqk, dqkv)
         return dqkv.reshape(qkv.shape)
 

@@ -175,9 +175,8 @@ def _forward_block(q, k, v, o, lse, pattern: Pattern, task: Task, may_be_empty: 
     np.add(np.log(total), top, out=lse[..., start:stop])
 
 
-def backward(q, k, v, lse, delta, do, dq, dk, dv, pattern: Pattern, work: list[Task]) -> np.ndarray | None:
-    """Fill dq, dk and dv, and return what arrives at the bias, if there is one."""
-    dbias = None if pattern.bias is None else np.zeros(pattern.bias.shape, q.dtype)
+def backward(q, k, v, lse, delta, do, dq, dk, dv, dbias, pattern: Pattern, work: list[Task]) -> None:
+    """Fill dq, dk and dv, and add to dbias, if it is not None, what arrives at the bias."""
     for task in work:
         if task.first and not pattern.covers_all_keys(task.block):
             task.of(dk)[...] = 0
@@ -187,7 +186,6 @@ def backward(q, k, v, lse, delta, do, dq, dk, dv, pattern: Pattern, work: list[T
             mine(q), mine(k), mine(v), mine(lse), mine(delta), mine(do), mine(dq), mine(dk), mine(dv),
             dbias, pattern, task,
         )  # fmt: skip
-    return dbias
 
 
 def _backward_block(q, k, v, lse, delta, do, dq, dk, dv, dbias, pattern: Pattern, task: Task) -> None:

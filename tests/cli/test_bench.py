@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from minillm.autograd import grad
+from minillm.cli.bench import chosen_cases
+from minillm.cli.benchmark import attention
 from minillm.cli.benchmark.cases import Case
 from minillm.cli.benchmark.torch_peer import build_decoder
 from minillm.fused.losses import cross_entropy
@@ -75,7 +77,24 @@ def test_the_products_of_a_case_cost_what_the_formula_says():
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["ours", "torch", "floor"])
 def test_a_worker_answers_with_json(side):
-    command = [sys.executable, "-m", "minillm.cli.benchmark.worker", side, "XS", "2"]
+    command = [sys.executable, "-m", "minillm.cli.benchmark.worker", "train", "XS", side, "2"]
     done = subprocess.run(command, input="1\n2\n", capture_output=True, text=True, check=True)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 2 and all(a["seconds"] > 0 for a in answers)
+
+
+@pytest.mark.parametrize("kind", attention.KINDS)
+def test_both_sides_of_attention_compute_the_same_gradient(kind):
+    """The number a step returns is an entry of the gradient of the queries."""
+    case = attention.AttentionCase(kind, 256)
+    with attention.ours(case, 2) as ours, attention.torch_peer(case, 1) as theirs:
+        assert ours() == pytest.approx(theirs(), rel=1e-4, abs=1e-6)
+
+
+def test_cases_are_chosen_by_family_and_by_name():
+    assert [name for _, name in chosen_cases(["train"], None)] == ["XS", "S", "M", "L"]
+    assert [(f.name, name) for f, name in chosen_cases(["train", "attention"], ["S", "gqa-256"])] == [
+        ("train", "S"), ("attention", "gqa-256"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="bench: --case must be one of 'XS', 'S', 'M', 'L', got gqa-256"):
+        chosen_cases(["train"], ["gqa-256"])

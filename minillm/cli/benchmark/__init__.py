@@ -1,1 +1,1 @@
-"""What `minillm bench` runs: the same training step in this engine and in eager PyTorch, a process each."""
+"""What `minillm bench` runs: the same work in this engine and in eager PyTorch, a process each."""

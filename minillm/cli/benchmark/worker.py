@@ -1,6 +1,6 @@
 """One side of the benchmark, in a process of its own.
 
-``python -m minillm.cli.benchmark.worker ours|torch|floor CASE THREADS`` reads a number of steps per line from
+``python -m minillm.cli.benchmark.worker FAMILY CASE SIDE THREADS`` reads a number of steps per line from
 standard input, takes one untimed step and that many timed ones, and answers with one line of JSON. Between two
 lines it waits, so that the sides take turns and never run at once.
 """
@@ -12,10 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from minillm.cli.benchmark import floor, ours, torch_peer
-from minillm.cli.benchmark.cases import CASES
-
-SIDES = {"ours": ours.make_step, "torch": torch_peer.make_step, "floor": floor.make_step}
+from minillm.cli.benchmark.table import FAMILIES
 
 
 def resident_mib() -> float:
@@ -35,9 +32,10 @@ def measure(step: Callable[[], float], n: int) -> dict:
     return {"seconds": statistics.median(times), "value": value}
 
 
-def main(side: str, case: str, threads: str) -> None:
+def main(family: str, case: str, side: str, threads: str) -> None:
     """Answer requests until standard input ends."""
-    with SIDES[side](CASES[case], int(threads)) as step:
+    chosen = FAMILIES[family]
+    with chosen.sides[side](chosen.cases[case], int(threads)) as step:
         loaded = resident_mib()
         for line in sys.stdin:
             answer = measure(step, int(line))

@@ -1,0 +1,5 @@
+"""The families that `minillm bench` knows. A new one: a module with ``FAMILY``, and its line here."""
+
+from minillm.cli.benchmark import attention, training
+
+FAMILIES = {module.FAMILY.name: module.FAMILY for module in (training, attention)}
