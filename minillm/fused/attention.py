@@ -50,7 +50,7 @@ def scaled_dot_product_attention(
     out = scratch.empty((B, L_q, H, d_v), q.dtype).transpose(0, 2, 1, 3)  # heads side by side: merging copies nothing
     lse = scratch.empty((B, H_kv, H // H_kv, 1, L_q), q.dtype)
     q5, o5, k5, v5 = blocks.by_kv_head(scaled, H_kv), blocks.by_kv_head(out, H_kv), k[:, :, None], v[:, :, None]
-    work = blocks.tasks(B, H_kv, H // H_kv, L_q, L_k, q.itemsize)
+    work = blocks.tasks(B, H_kv, H // H_kv, L_q, L_k, q.itemsize, causal)
     blocks.forward(q5, k5, v5, o5, lse, pattern, work)
 
     def vjp(dy):
@@ -60,7 +60,8 @@ def scaled_dot_product_attention(
         dbias = np.zeros(pattern.bias.shape, q.dtype) if learnt and pattern.bias is not None else None
         blocks.backward(q5, k5, v5, lse, delta, do5, dq5, dk[:, :, None], dv[:, :, None], dbias, pattern, work)
         dq *= factor
-        return dq, dk, dv, None, None if bias is None or dbias is None else dbias.reshape(bias.shape)
+        for_bias = None if bias is None or dbias is None else dbias.reshape(bias.shape)
+        return (dq, dk, dv, None, for_bias)[: len(wanted)]
 
     return out, vjp
 
@@ -85,7 +86,7 @@ def rotary_attention(qkv: np.ndarray, angles: np.ndarray, *, H: int, H_kv: int, 
     out = scratch.empty((B, L, H, d_head), qkv.dtype)
     lse = scratch.empty((B, H_kv, H // H_kv, 1, L), qkv.dtype)
     q, k, v, o = _by_head(qk, value, out, H, H_kv)
-    pattern, work = Pattern(L, L, causal=True), blocks.tasks(B, H_kv, H // H_kv, L, L, qkv.itemsize)
+    pattern, work = Pattern(L, L, causal=True), blocks.tasks(B, H_kv, H // H_kv, L, L, qkv.itemsize, causal=True)
     blocks.forward(q, k, v, o, lse, pattern, work)
 
     def vjp(dy):

@@ -49,9 +49,10 @@ def test_groups_of_sequences_and_blocks_of_queries_do_not_show(seed, B, L, heads
     H, H_kv = heads
     qkv, how = problem(seed, B, L, H, H_kv, pairing)
     wanted = forms.evaluate(written.rotary_attention, (qkv,), how)
-    actual_block = block if 3 * block // 2 < L else L
+    with cut(block, 0):
+        actual_block = blocks.block_size(L, causal=True)
     with cut(block, group * H * L * actual_block * qkv.itemsize):
-        work = blocks.tasks(B, H_kv, H // H_kv, L, L, qkv.itemsize)
+        work = blocks.tasks(B, H_kv, H // H_kv, L, L, qkv.itemsize, causal=True)
         assert len({task.rows.start for task in work}) == -(-B // group)
         found = forms.evaluate(fused.rotary_attention, (qkv,), how)
     for a, b in zip(found.arrays, wanted.arrays, strict=True):
