@@ -4,11 +4,13 @@ from math import ceil, floor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
+from minillm.autograd import Tensor, where
+from minillm.autograd.registry import written
 from minillm.checks import require, require_positive
 from minillm.functional.frozen import frozen
-from minillm.functional.routing import check_routed
+from minillm.functional.routing import check_routed, spread_scores, top_k
 
 
 def capacity(c_cap: float, N: int, E: int, k: int, *, as_printed: bool = False) -> int:
@@ -98,3 +100,32 @@ def drop_rate(routed: Any, served: Any) -> float:
     served = check_routed("drop_rate", served, routed.shape)
     wanted = int(routed.sum())
     return 1.0 - int(served.sum()) / wanted if wanted else 0.0
+
+
+def _example_rerouted(rng):
+    p = spread_scores(rng, *[(4, 3), (5, 4), (1, 2)][rng.integers(3)]) + 9
+    routed = top_k(p, 2)
+    return (p, routed, reroute_overflow(p, routed, int(rng.integers(1, 4)))), {}
+
+
+@written("rerouted_gates", example=_example_rerouted)
+def rerouted_gates(
+    p: Float[Tensor, "N E"], routed: Bool[np.ndarray, "N E"], served: Bool[np.ndarray, "N E"]
+) -> Float[Tensor, "N E"]:
+    r"""Weights after rerouting: a replacement counts with its own score.
+
+    A token that got as many experts as it wanted has weights of sum 1. One that lost an expert for good keeps the
+    divisor it had, so that the others are not blown up.
+
+    Equation: `moe-reroute` $g_e=P_e/\sum_{j\in\mathcal S}P_j$, $\mathcal S$ the experts that serve the token, or those it wanted
+        if it lost one
+    Shapes: p (N, E), routed and served booleans (N, E) -> (N, E), 0 where not served
+    Raises: ValueError for choices of another shape or type.
+    Source: notes §8.8 (rerouting).
+    """
+    routed = check_routed("rerouted_gates", routed, p.shape)
+    served = check_routed("rerouted_gates", served, p.shape)
+    complete = served.sum(-1, keepdims=True) == routed.sum(-1, keepdims=True)
+    counted = np.where(complete, served, routed)
+    total = where(counted, p, 0.0).sum(-1, keepdims=True)
+    return where(served, p, 0.0) / where(counted.any(-1, keepdims=True), total, 1.0)
