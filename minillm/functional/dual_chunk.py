@@ -42,6 +42,8 @@ def dual_chunk_distances(L: int, chunk: int, context: int) -> Int[np.ndarray, "L
     Shapes: -> (L, L)
     Raises: ValueError unless the sizes are positive integers and the chunk is shorter than the context.
     Source: notes §4.9 (heading), the second reading; An et al. 2024.
+    Differs: exact up to $\min(s,c-s)$: with chunks of less than half the context, keys two chunks back come sooner
+        than $c-s$, and all of them count as c - 1 minus their place.
     """
     at = dual_chunk_positions(L, chunk, context)
     back = _chunks_back(L, chunk)
