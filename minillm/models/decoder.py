@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from minillm.autograd import Tensor
+from minillm.autograd import Tensor, is_recording
 from minillm.checks import require, require_one_of, require_positive
+from minillm.functional.linear import check_ids
 from minillm.functional.positions import PAIRINGS, rotation_angles
 from minillm.fused.linear import linear
 from minillm.fused.norms import add_rms_norm
+from minillm.models.one_token import one_token
 from minillm.nn import CausalSelfAttention, Embedding, KVCache, Linear, Module, RMSNorm, SwiGLU
 from minillm.nn.layers import INIT_STD
 
@@ -113,6 +115,9 @@ class Decoder(Module):
     def hidden(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:
         """The normalised stream that the head reads: (B, L) -> (B, L, d_model)."""
         positions = self._positions(ids, cache)
+        if cache is not None and len(positions) == 1 and not is_recording():  # generation, a token at a time
+            given = np.asarray(ids.data if isinstance(ids, Tensor) else ids)[:, 0]
+            return Tensor(one_token(self, check_ids("Decoder", given, self.config.vocab_size), cache)[:, None])
         angles = self._angles[positions]  # (L, d_head / 2)
 
         # The norm of every branch is fused with the addition that precedes it, so the loop hands on the
