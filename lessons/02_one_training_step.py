@@ -33,7 +33,7 @@ from minillm.functional.losses import cross_entropy
 from minillm.functional.norms import rms_norm
 from minillm.functional.positions import rope
 from minillm.functional.softmax import softmax
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.optim import AdamW
 from minillm.plotting import BLUE, GREEN, ORANGE, VERMILION, use_style
 
@@ -63,7 +63,7 @@ for t in range(3):
 # with the *as-written* functions, which are the equations composed of primitives.
 
 # %%
-config = DecoderConfig(vocab_size=len(vocabulary), d_model=16, n_layers=1, n_heads=2, d_ff=32, context=8)
+config = Config(vocab_size=len(vocabulary), d_model=16, n_layers=1, n_heads=2, d_ff=32, context=8)
 model = Decoder(config, np.random.default_rng(0))
 for parameter in model.parameters():
     parameter.data *= 4 if parameter.ndim == 2 else 1  # larger than usual, so that the pictures show something

@@ -37,7 +37,7 @@ from minillm.functional.policy_losses import grpo_loss
 from minillm.functional.softmax import log_softmax, softmax
 from minillm.fused.losses import cross_entropy
 from minillm.fused.softmax import token_logprobs
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.optim import AdamW
 from minillm.plotting import BLUE, GREEN, ORANGE, PURPLE, VERMILION, use_style
 from minillm.training.step import BatchThreads
@@ -85,7 +85,7 @@ def accuracy(model, rng, n=500, **how):
 def imitate(seed):
     """Likelihood training on the bad teacher's demonstrations."""
     rng = np.random.default_rng(seed)
-    config = DecoderConfig(task.vocab_size, d_model=64, n_layers=2, n_heads=4, context=12, init_std=0.1)
+    config = Config(task.vocab_size, d_model=64, n_layers=2, n_heads=4, context=12, init_std=0.1)
     model = Decoder(config, rng)
     optimiser = AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
 

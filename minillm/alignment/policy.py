@@ -12,7 +12,7 @@ from minillm.data.tasks import AdditionTask
 from minillm.decoding import generate
 from minillm.fused.linear import linear
 from minillm.fused.softmax import token_logprobs
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.nn.layers import INIT_STD
 
 
@@ -35,7 +35,7 @@ def fresh_policy(task: AdditionTask, size: PolicySize, rng: np.random.Generator)
     With 0.02 everywhere the plateau before a model of width 64 finds the carry is about three times as long; with
     the larger table too, about twice.
     """
-    config = DecoderConfig(
+    config = Config(
         vocab_size=task.vocab_size,
         d_model=size.d_model,
         n_layers=size.n_layers,

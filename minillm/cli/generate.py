@@ -2,6 +2,8 @@
 
 import argparse
 import codecs
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from minillm.checks import require, require_positive
 from minillm.cli.output import print_json
 from minillm.data import Tokenizer
-from minillm.decoding import generate
+from minillm.decoding import beam_search, generate
 from minillm.models import Decoder
 from minillm.models.pretrained import is_pretrained, load_pretrained
 from minillm.training.restore import load_model
@@ -67,25 +69,63 @@ def run(args: argparse.Namespace) -> int:
     ids = prompt_ids(args, tokenizer)
     room = max(1, model.config.context + 1 - len(ids))
     shown = args.prompt if args.prompt_ids is None else " ".join(map(str, ids))
-    streaming = args.samples == 1 and not args.json
+    streaming = args.samples == 1 and not args.json and args.beams is None
+    length = min(MOST_BY_DEFAULT, room) if args.max_new_tokens is None else args.max_new_tokens
+    ends = {"eos_id": None if tokenizer is None else tokenizer.eos_id, "stop": stop_sequences(args.stop, tokenizer)}
+    if args.beams is not None:
+        show(args, shown, tokenizer, beam_rows(args, model, ids, length, ends))
+        return 0
     made = generate(
         model,
         ids[None],
-        min(MOST_BY_DEFAULT, room) if args.max_new_tokens is None else args.max_new_tokens,
+        length,
         np.random.default_rng(args.seed),
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
-        eos_id=None if tokenizer is None else tokenizer.eos_id,
+        typical_p=args.typical_p,
+        repetition=args.repetition,
+        frequency=args.frequency,
+        presence=args.presence,
+        no_repeat_ngram=args.no_repeat_ngram,
         copies=args.samples,
         on_token=Printer(shown, tokenizer) if streaming else None,
+        **ends,
     )
     if streaming:
         print()
         return 0
+    show(args, shown, tokenizer, zip(*made))
+    return 0
+
+
+def stop_sequences(texts: list[str], tokenizer: Tokenizer | None) -> list[list[int]]:
+    """Ids of the texts behind which to stop; without a tokenizer the texts are ids."""
+    return [(read_ids(text) if tokenizer is None else tokenizer.encode(text)).tolist() for text in texts]
+
+
+def beam_rows(args: argparse.Namespace, model, ids: np.ndarray, length: int, ends: dict) -> Iterable[tuple]:
+    """The best continuations by beam search: tokens, log-probabilities, mask, terminated of each."""
+    fits = args.samples <= args.beams
+    require(fits, "generate", "--samples", f"at most the number of beams, {args.beams}", args.samples)
+    found = beam_search(
+        model,
+        ids[None],
+        length,
+        beams=args.beams,
+        length_penalty=args.length_penalty,
+        repetition=args.repetition,
+        no_repeat_ngram=args.no_repeat_ngram,
+        **ends,
+    )
+    return zip(found.tokens[0], found.logprobs[0], found.mask[0], found.terminated[0])
+
+
+def show(args: argparse.Namespace, shown: str, tokenizer: Tokenizer | None, found: Iterable[tuple]) -> None:
+    """Print continuations, or a row of JSON each."""
     rows = []
-    for tokens, logprobs, mask, terminated in zip(*made):
+    for tokens, logprobs, mask, terminated in islice(found, args.samples):
         kept = tokens[mask]
         text = " " + " ".join(map(str, kept)) if tokenizer is None else tokenizer.decode(kept)
         rows.append(
@@ -93,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
                 "prompt": shown,
                 "text": text,
                 "tokens": kept,
-                "logprob": float(logprobs[mask].sum()),
+                "logprob": float(np.where(mask, logprobs, 0).sum() if np.ndim(logprobs) else logprobs),
                 "terminated": bool(terminated),
             }
         )
@@ -101,7 +141,6 @@ def run(args: argparse.Namespace) -> int:
         print_json(rows)
     else:
         print("\n---\n".join(row["prompt"] + row["text"] for row in rows))
-    return 0
 
 
 def add_parser(subparsers) -> None:
@@ -126,6 +165,24 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--min-p", type=float, default=None, help="sample from tokens with this share of the largest only"
+    )
+    parser.add_argument("--typical-p", type=float, default=None, help="sample from the typical set of this mass")
+    parser.add_argument(
+        "--repetition",
+        type=float,
+        default=1.0,
+        help="divide or multiply what was said by this (default %(default)s: off)",
+    )
+    parser.add_argument("--frequency", type=float, default=0.0, help="subtract this for every time a token was said")
+    parser.add_argument("--presence", type=float, default=0.0, help="subtract this from tokens that were said")
+    parser.add_argument("--no-repeat-ngram", type=int, default=0, help="say no n tokens in a row twice (default: off)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop behind this; may be repeated")
+    parser.add_argument("--beams", type=int, default=None, help="beam search with so many beams, instead of sampling")
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=0.0,
+        help="beams are ranked by log p / length**this (default %(default)s)",
     )
     parser.add_argument("--samples", type=int, default=1, help="texts to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")

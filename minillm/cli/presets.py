@@ -1,7 +1,7 @@
 """Sizes and settings of `minillm train` by name, and how options change them.
 
 A setting's name is the option's without dashes; what belongs to the model, to training and to the data is told apart by
-the fields of `DecoderConfig`, `TrainingConfig` and `DataSettings`.
+the fields of `Config`, `TrainingConfig` and `DataSettings`.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from minillm.cli.corpus import DataSettings
-from minillm.models import DecoderConfig
+from minillm.models import Config
 from minillm.training.config import TrainingConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-MODEL, TRAINING, DATA = ({f.name for f in fields(c)} for c in (DecoderConfig, TrainingConfig, DataSettings))
+MODEL, TRAINING, DATA = ({f.name for f in fields(c)} for c in (Config, TrainingConfig, DataSettings))
 
 
 def preset_for(data: str) -> str:
@@ -56,9 +56,9 @@ def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
     return TrainingConfig(**{k: v for k, v in settings.items() if k in TRAINING})
 
 
-def model_config(settings: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
+def model_config(settings: Mapping[str, Any], vocab_size: int) -> Config:
     """The part of the settings that says what learns."""
-    return DecoderConfig(**{"vocab_size": vocab_size, **{k: v for k, v in settings.items() if k in MODEL - DATA}})
+    return Config(**{"vocab_size": vocab_size, **{k: v for k, v in settings.items() if k in MODEL - DATA}})
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

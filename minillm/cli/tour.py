@@ -33,7 +33,7 @@ from minillm.data import (
     split_held_out,
 )
 from minillm.decoding import generate
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.training.config import TrainingConfig
 from minillm.training.loop import HeldOut, Trainer
 from minillm.training.step import available_cores
@@ -73,7 +73,7 @@ def text(pace: Pace, rng: np.random.Generator, folder: Path) -> dict[str, Any]:
     tokens = tokenizer.encode(python_docs_text())
     train, held_out = split_held_out(tokens)
     held_out = held_out[:8192]
-    size = DecoderConfig(
+    size = Config(
         tokenizer.vocab_size, d_model=128, n_layers=3, n_heads=4, context=128, tied=True, init_std=0.05
     )
     model = Decoder(size, rng)

@@ -22,7 +22,7 @@ from minillm.cli.output import print_json, print_table
 from minillm.cli.training_report import COLUMNS, report
 from minillm.data import BatchStream, read_json, write_json
 from minillm.decoding import generate
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.optim.schedules import SCHEDULES
 from minillm.training.checkpoint import checkpoints_in, latest_checkpoint
 from minillm.training.config import TrainingConfig
@@ -34,7 +34,7 @@ SHARE_FOR_STEPS = 0.93  # of --minutes; the rest is for validation, checkpoints 
 
 
 def build_trainer(
-    model: DecoderConfig, training: TrainingConfig, data: DataSettings, corpus: Corpus, **options: Any
+    model: Config, training: TrainingConfig, data: DataSettings, corpus: Corpus, **options: Any
 ) -> Trainer:
     """A trainer with fresh weights; model, batches and samples each have a generator of their own."""
     decoder = Decoder(model, np.random.default_rng([training.seed, 0]))
@@ -49,7 +49,7 @@ def build_trainer(
     )
 
 
-def steps_in(minutes: float, model: DecoderConfig, training: TrainingConfig, data: DataSettings, corpus: Corpus) -> int:
+def steps_in(minutes: float, model: Config, training: TrainingConfig, data: DataSettings, corpus: Corpus) -> int:
     """How many steps fit into a time, from a few steps of a run that is thrown away."""
     require_positive(minutes, "train", "--minutes")
     trial = build_trainer(model, training, data, corpus, show_progress=False)

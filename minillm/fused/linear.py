@@ -46,7 +46,10 @@ def embedding(ids: np.ndarray, w: np.ndarray):
     Source: lecture06 (Embeddings).
     """
     ids = check_ids("embedding", ids, len(w))
-    y = np.take(w, ids, axis=0, out=scratch.empty((*ids.shape, w.shape[1]), w.dtype), mode="clip")
+    if w.flags.c_contiguous:
+        y = np.take(w, ids, axis=0, out=scratch.empty((*ids.shape, w.shape[1]), w.dtype), mode="clip")
+    else:  # a table laid out for generation, of which `take` would make a whole copy
+        y = w[ids]
 
     def vjp(dy):
         dw = np.zeros_like(w)

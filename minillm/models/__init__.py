@@ -1,5 +1,6 @@
 """Whole models, each read from top to bottom in one file."""
 
-from minillm.models.decoder import Decoder, DecoderConfig
+from minillm.models.config import Config
+from minillm.models.decoder import Decoder
 
-__all__ = ["Decoder", "DecoderConfig"]
+__all__ = ["Config", "Decoder"]

@@ -6,68 +6,19 @@ Pre-norm residual blocks with RMSNorm, rotary positions, causal attention with o
 a gated feed-forward network, no biases, and an output matrix of its own or shared with the embedding.
 """
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from minillm.autograd import Tensor, is_recording
-from minillm.checks import require, require_one_of, require_positive
+from minillm.checks import require
 from minillm.functional.linear import check_ids
-from minillm.functional.positions import PAIRINGS, rotation_angles
+from minillm.functional.positions import rotation_angles
 from minillm.fused.linear import linear
 from minillm.fused.norms import add_rms_norm
+from minillm.models.config import Config
 from minillm.models.one_token import one_token
 from minillm.nn import CausalSelfAttention, Embedding, KVCache, Linear, Module, RMSNorm, SwiGLU
-from minillm.nn.layers import INIT_STD
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The sizes and choices of a decoder, in the catalogue's symbols."""
-
-    vocab_size: int
-    d_model: int = 128
-    n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int | None = None
-    d_ff: int | None = None
-    context: int = 256
-    tied: bool = False
-    rope_base: float = 10_000.0
-    rope_pairing: str = "interleaved"
-    norm_eps: float = 1e-5
-    init_std: float = INIT_STD
-
-    def __post_init__(self) -> None:
-        if self.n_kv_heads is None:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        if self.d_ff is None:  # 8/3 of the width, rounded up to a multiple of 4
-            object.__setattr__(self, "d_ff", 4 * -(-(8 * self.d_model // 3) // 4))
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "context"):
-            require_positive(getattr(self, name), "DecoderConfig", name, integer=True)
-        require(
-            self.d_model % (2 * self.n_heads) == 0,
-            "DecoderConfig",
-            "d_model / n_heads",
-            "an even integer (rotary positions turn pairs)",
-            f"{self.d_model} / {self.n_heads}",
-        )
-        divides = self.n_heads % (self.n_kv_heads or self.n_heads) == 0
-        require(divides, "DecoderConfig", "n_kv_heads", f"a divisor of n_heads = {self.n_heads}", self.n_kv_heads)
-        require_one_of(self.rope_pairing, PAIRINGS, "DecoderConfig", "rope_pairing")
-        require_positive(self.norm_eps, "DecoderConfig", "norm_eps")
-        require_positive(self.init_std, "DecoderConfig", "init_std")
-        require(self.rope_base > 1, "DecoderConfig", "rope_base", "above 1", self.rope_base)
-
-    @property
-    def d_head(self) -> int:
-        """The width of one head."""
-        return self.d_model // self.n_heads
-
-    def to_dict(self) -> dict:
-        """The configuration as plain data."""
-        return asdict(self)
 
 
 class Block(Module):
@@ -76,7 +27,7 @@ class Block(Module):
     Equation: `pre-ln` $\mathbf x\leftarrow\mathbf x+F(\mathrm{RMSNorm}(\mathbf x))$ for attention, then for the FFN
     """
 
-    def __init__(self, config: DecoderConfig, rng: np.random.Generator):
+    def __init__(self, config: Config, rng: np.random.Generator):
         std, std_out = config.init_std, config.init_std / np.sqrt(2 * config.n_layers)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = CausalSelfAttention(
@@ -100,7 +51,9 @@ class Decoder(Module):
     Differs: logits at position t score token t + 1 (erratum 8).
     """
 
-    def __init__(self, config: DecoderConfig, rng: np.random.Generator):
+    def __init__(self, config: Config, rng: np.random.Generator):
+        hint = "Use `Transformer`, which has every choice."
+        require(config.is_llama, "Decoder", "the configuration", "that of a LLaMA", "other choices", hint)
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model, rng, config.init_std)
         self.blocks = [Block(config, rng) for _ in range(config.n_layers)]

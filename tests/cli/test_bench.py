@@ -13,7 +13,7 @@ from minillm.cli.benchmark import attention
 from minillm.cli.benchmark.cases import Case
 from minillm.cli.benchmark.torch_peer import build_decoder
 from minillm.fused.losses import cross_entropy
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 
 torch = pytest.importorskip("torch")
 SMALL = Case("small", vocab_size=17, d_model=24, n_layers=2, n_heads=3, d_ff=40, length=9, batch=4, steps=1)
@@ -21,7 +21,7 @@ SMALL = Case("small", vocab_size=17, d_model=24, n_layers=2, n_heads=3, d_ff=40,
 
 def our_twin(peer) -> Decoder:
     """Our decoder with the peer's weights."""
-    config = DecoderConfig(17, 24, 2, 3, d_ff=40, context=9, rope_pairing="half")
+    config = Config(17, 24, 2, 3, d_ff=40, context=9, rope_pairing="half")
     model = Decoder(config, np.random.default_rng(0))
     names = {
         "attention_norm.weight": "attention_norm.gain",

@@ -1,5 +1,6 @@
 """`minillm train` and `minillm generate`, from the command line to the files and back; one clear error for each misuse."""
 
+import argparse
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from minillm.cli import main
+from minillm.cli.generate import add_parser
 from minillm.training.checkpoint import checkpoints_in, latest_checkpoint, read_checkpoint
 from minillm.training.restore import load_model
 
@@ -176,6 +178,35 @@ def test_temperature_zero_needs_no_seed_and_streams_what_json_says(folder, capsy
     assert streamed[0] == "sea" + row["text"] + "\n"
 
 
+@pytest.mark.equation("beam-search")
+def test_beams_are_printed_best_first_and_one_beam_is_greedy(folder, capsys):
+    options = ["--prompt", "sea", "--max-new-tokens", 8]
+    greedy = generated(capsys, folder, *options, "--temperature", 0)
+    assert generated(capsys, folder, *options, "--beams", 1) == greedy
+    rows = json.loads(generated(capsys, folder, *options, "--beams", 4, "--samples", 3, "--json"))
+    found = [row["logprob"] for row in rows]
+    assert len(rows) == 3 and found == sorted(found, reverse=True) and len({row["text"] for row in rows}) == 3
+
+
+@pytest.mark.equation("stop-conditions", "sample-penalties")
+def test_stops_and_penalties_reach_the_generation(folder, capsys):
+    options = ["--prompt", "sea", "--temperature", 0, "--max-new-tokens", 12, "--json"]
+    plain = json.loads(generated(capsys, folder, *options))[0]
+    stop = plain["text"][1:3]
+    ended = json.loads(generated(capsys, folder, *options, "--stop", stop))[0]
+    assert ended["terminated"] and ended["text"] == plain["text"][: plain["text"].index(stop) + len(stop)]
+    varied = json.loads(generated(capsys, folder, *options, "--no-repeat-ngram", 1, "--presence", 1))[0]
+    assert len(set(varied["tokens"])) == len(varied["tokens"])
+
+
+@pytest.mark.equation("wn-topp-range")
+def test_the_defaults_lie_in_the_range_of_the_notes():
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(["generate"])
+    assert 0.7 <= args.temperature <= 1.0 and 0.9 <= args.top_p <= 0.95
+
+
 def test_a_checkpoint_file_may_be_named_itself(folder, capsys):
     assert generated(capsys, latest_checkpoint(folder), "--prompt", "sea").startswith("sea")
 
@@ -190,9 +221,15 @@ GENERATE_ERRORS = {
     "more tokens than the context": (["--prompt", "sea", "--max-new-tokens", 15], "at most 17 together"),
     "no new tokens": (["--max-new-tokens", 0], "max_new_tokens must be a positive integer"),
     "no samples": (["--samples", 0], "--samples must be a positive integer"),
-    "negative temperature": (["--temperature", -1], "the temperature must be a positive number"),
+    "negative temperature": (["--temperature", -1], "the temperature must be a non-negative number"),
     "top-k of nothing": (["--top-k", 0], "k must be a positive integer"),
     "top-p above one": (["--top-p", 1.5], r"p must be in \(0, 1\]"),
+    "repetition of zero": (["--repetition", 0], "repetition must be a positive number"),
+    "n-grams of less than nothing": (["--no-repeat-ngram", -1], "no_repeat_ngram must be a non-negative integer"),
+    "no beams": (["--beams", 0], "at most the number of beams, 0"),
+    "more samples than beams": (["--beams", 2, "--samples", 3], "--samples must be at most the number of beams, 2"),
+    "beams that rank by nothing": (["--beams", 2, "--length-penalty", "nan"], "length_penalty must be a finite number"),
+    "an empty stop": (["--stop", ""], "a stop sequence must be at least one token long"),
     "unknown option": (["--colour", "blue"], "unrecognized arguments: --colour blue"),
     "two prompts": (["--prompt", "a", "--prompt-ids", "1"], "not allowed with"),
 }

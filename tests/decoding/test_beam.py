@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minillm.decoding import beam_search, generate
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.models.llama_weights import load_llama
 from tests.oracles.chain_model import Chain
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.equation("beam-search")
 
 def tiny(seed: int, V: int = 11, **changes) -> Decoder:
     sizes = {"d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24, "context": 24, **changes}
-    model = Decoder(DecoderConfig(V, **sizes), np.random.default_rng(seed))
+    model = Decoder(Config(V, **sizes), np.random.default_rng(seed))
     for parameter in model.parameters():
         parameter.data *= 4.0 if parameter.ndim > 1 else 1.0
     return model

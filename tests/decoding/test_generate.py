@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from minillm.autograd import no_grad
 from minillm.decoding import generate
 from minillm.decoding.samplers import probabilities, truncate
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.nn import KVCache
 
 V = 17
@@ -16,7 +16,7 @@ V = 17
 
 def small_model(seed: int = 0, **changes) -> Decoder:
     settings = {"d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24, "context": 24, **changes}
-    model = Decoder(DecoderConfig(V, **settings), np.random.default_rng(seed))
+    model = Decoder(Config(V, **settings), np.random.default_rng(seed))
     for parameter in model.parameters():  # large weights, so that laws differ between tokens and positions
         parameter.data *= 6.0 if parameter.ndim > 1 else 1.0
     return model

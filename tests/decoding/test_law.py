@@ -10,7 +10,7 @@ from minillm.decoding.interface import LanguageModel, Stops
 from minillm.decoding.penalties import apply_penalties
 from minillm.decoding.repetition import count_tokens, forbid_repeated_ngrams
 from minillm.decoding.samplers import draw, probabilities, sample, truncate
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from tests.oracles.chain_model import Chain
 
 V = 11
@@ -96,7 +96,7 @@ def test_the_neutral_law_is_the_models():
 )
 def test_generation_samples_the_law_that_was_asked_for(law):
     """The log-probabilities returned are those of the uncached law on the text up to there."""
-    model = Decoder(DecoderConfig(V, 16, 2, 4, 2, 24, context=24), np.random.default_rng(0))
+    model = Decoder(Config(V, 16, 2, 4, 2, 24, context=24), np.random.default_rng(0))
     for parameter in model.parameters():
         parameter.data *= 6.0 if parameter.ndim > 1 else 1.0
     prompts = texts(3, 4, 3)
@@ -144,7 +144,7 @@ def test_stops_see_new_tokens_only_and_need_all_of_a_sequence():
 
 
 def test_models_answer_to_the_interface():
-    assert isinstance(Decoder(DecoderConfig(V, 8, 1, 2), np.random.default_rng(0)), LanguageModel)
+    assert isinstance(Decoder(Config(V, 8, 1, 2), np.random.default_rng(0)), LanguageModel)
     assert isinstance(Chain(3, 0), LanguageModel) and not isinstance(object(), LanguageModel)
 
 

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from minillm.decoding import Law, LookupDrafter, ModelDrafter, generate, speculative_generate
 from minillm.decoding.speculative import Draft, acceptance_rate, residual_law, verify
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from tests.oracles.chain_model import Chain
 
 pytestmark = pytest.mark.equation("speculative-decoding")
@@ -100,7 +100,7 @@ def test_the_share_of_accepted_proposals_is_the_formulas():
 
 
 def tiny(seed: int, n_layers: int = 2) -> Decoder:
-    config = DecoderConfig(11, 16, n_layers, 4, 2, 24, context=24)
+    config = Config(11, 16, n_layers, 4, 2, 24, context=24)
     model = Decoder(config, np.random.default_rng(seed))
     for parameter in model.parameters():
         parameter.data *= 6.0 if parameter.ndim > 1 else 1.0

@@ -12,7 +12,7 @@ from minillm.functional import losses as written_losses
 from minillm.functional.softmax import softmax
 from minillm.fused import linear as fused_linear
 from minillm.fused import losses as fused_losses
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 
 seeds = st.integers(0, 2**32 - 1)
 LOOKUPS = pytest.mark.parametrize("form", [written_linear, fused_linear], ids=["written", "derived"])
@@ -53,7 +53,7 @@ def test_ids_out_of_range_are_named(form, bad):
 def test_tying_saves_a_matrix_and_adds_the_gradients():
     rng = np.random.default_rng(0)
     sizes = {"vocab_size": 11, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 12, "context": 6}
-    untied, tied = Decoder(DecoderConfig(**sizes), rng), Decoder(DecoderConfig(**sizes, tied=True), rng)
+    untied, tied = Decoder(Config(**sizes), rng), Decoder(Config(**sizes, tied=True), rng)
     assert untied.count_parameters() - tied.count_parameters() == 11 * 8
     state = {k: v for k, v in untied.state_dict().items() if k != "head.weight"}
     tied.load_state_dict(state)
@@ -71,7 +71,7 @@ def test_tying_saves_a_matrix_and_adds_the_gradients():
 def test_the_next_token_distribution_sums_to_one_and_scores_the_token_after():
     """Erratum 8: the logits at position t see token t, so they can only score token t + 1."""
     rng = np.random.default_rng(1)
-    model = Decoder(DecoderConfig(7, d_model=8, n_layers=1, n_heads=2, context=5), rng)
+    model = Decoder(Config(7, d_model=8, n_layers=1, n_heads=2, context=5), rng)
     ids = rng.integers(7, size=(1, 5))
     p = softmax(model(ids)).data
     np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
@@ -85,7 +85,7 @@ def test_the_next_token_distribution_sums_to_one_and_scores_the_token_after():
 @pytest.mark.equation("final-ln", "glu-ffn")
 def test_the_head_reads_a_normalised_stream_and_the_ffn_returns_to_its_width():
     rng = np.random.default_rng(2)
-    model = Decoder(DecoderConfig(7, d_model=8, n_layers=2, n_heads=2, d_ff=20, context=5, init_std=0.5), rng)
+    model = Decoder(Config(7, d_model=8, n_layers=2, n_heads=2, d_ff=20, context=5, init_std=0.5), rng)
     h = model.hidden(rng.integers(7, size=(3, 5)))
     np.testing.assert_allclose(np.sqrt((h.data**2).mean(-1)), 1, rtol=1e-3)
     ffn = model.blocks[0].ffn

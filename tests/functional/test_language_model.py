@@ -5,7 +5,7 @@ import pytest
 
 from minillm.autograd import Tensor, grad
 from minillm.functional.language_model import clm_loss, clm_one_hot, mle_objective
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 
 V = 7
 
@@ -61,7 +61,7 @@ def test_torch_and_transformers_divide_and_shift_alike():
 @pytest.mark.equation("mle-objective", "chain-rule-sequence")
 def test_minus_the_objective_is_the_log_probability_of_the_data():
     """Over all texts of three tokens after BOS the probabilities sum to 1."""
-    model = Decoder(DecoderConfig(3, 8, 1, 2, context=4), np.random.default_rng(0))
+    model = Decoder(Config(3, 8, 1, 2, context=4), np.random.default_rng(0))
     texts = np.stack(np.meshgrid(*[range(2)] * 3, indexing="ij"), -1).reshape(-1, 3)  # tokens 0, 1; BOS is 2
     inputs = np.concatenate([np.full((8, 1), 2), texts[:, :-1]], 1)
     logits = model(inputs)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minillm.autograd import no_grad
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 
 V, LENGTH = 31, 12
 
@@ -20,7 +20,7 @@ def model_of(dtype=np.float32, **changes) -> Decoder:
         "init_std": 0.3,
         **changes,
     }
-    model = Decoder(DecoderConfig(V, **settings), rng)
+    model = Decoder(Config(V, **settings), rng)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.astype(dtype)
         if name.endswith("gain"):
@@ -88,3 +88,18 @@ def test_a_full_cache_and_ids_outside_the_vocabulary_are_refused():
         model(np.array([[1]]), cache)
         with pytest.raises(ValueError, match="the context must be at most 2 tokens long"):
             model(np.array([[1]]), cache)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_another_layout_is_the_same_model(tied):
+    model, ids = model_of(tied=tied), np.random.default_rng(1).integers(0, V, size=(2, LENGTH))
+    before, weights = model(ids).data, {name: array.copy() for name, array in model.state_dict().items()}
+    lay_out(model)
+    assert model.output_weight.data.flags.f_contiguous
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, weights[name])
+    np.testing.assert_allclose(model(ids).data, before, atol=1e-5)
+    with no_grad():
+        cache = model.new_cache(2)
+        found = [model(ids[:, t : t + 1], cache).data for t in range(LENGTH)]
+    np.testing.assert_allclose(np.concatenate(found, axis=1), before, atol=1e-5 * np.abs(before).max())

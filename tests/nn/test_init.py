@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minillm.autograd import no_grad
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.nn.init import kaiming_normal, xavier_normal
 
 
@@ -18,7 +18,7 @@ def assert_normal_with_std(weights: np.ndarray, std: float) -> None:
 @pytest.mark.equation("init-schemes")
 @pytest.mark.parametrize("layers", [1, 4, 9])
 def test_a_decoder_starts_with_std_002_and_residual_outputs_with_less(layers):
-    model = Decoder(DecoderConfig(400, 128, layers, 4), np.random.default_rng(0))
+    model = Decoder(Config(400, 128, layers, 4), np.random.default_rng(0))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             np.testing.assert_array_equal(parameter.data, 1)
@@ -53,7 +53,7 @@ def test_residual_output_maps_keep_the_stream_from_growing_with_depth():
     """The branches' share of the stream's variance is the same for 2 and 18 layers, and 9 times as large without."""
 
     def variance_of_branches(layers: int, rescaled: bool) -> float:
-        model = Decoder(DecoderConfig(50, 64, layers, 4), np.random.default_rng(1))
+        model = Decoder(Config(50, 64, layers, 4), np.random.default_rng(1))
         with no_grad():
             x = start = model.embedding(np.arange(50)[None])  # (1, 50, d_model)
             for block in model.blocks:

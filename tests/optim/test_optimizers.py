@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minillm.autograd import Tensor
 from minillm.fused.losses import cross_entropy
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.optim import SGD, AdaGrad, Adam, AdamW, Momentum, RMSProp, add_shares, clip_global_norm
 from minillm.training.step import loss_and_gradients
 
@@ -229,7 +229,7 @@ def test_micro_batches_weighted_by_their_tokens_equal_the_big_batch(make):
         return loss_and_gradients(loss, model.parameters())
 
     def model_of():
-        return Decoder(DecoderConfig(9, 8, 1, 2, context=8), np.random.default_rng(1))
+        return Decoder(Config(9, 8, 1, 2, context=8), np.random.default_rng(1))
 
     big, small = model_of(), model_of()
     loss, whole = gradients_of(big, slice(None))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.training import checkpoint as module
 from minillm.training.checkpoint import (
     Checkpoint,
@@ -23,10 +23,10 @@ from minillm.training.checkpoint import (
 )
 from minillm.training.restore import decoder_shapes, load_model
 
-CONFIG = DecoderConfig(11, 8, 2, 2, n_kv_heads=1, d_ff=12, context=6)
+CONFIG = Config(11, 8, 2, 2, n_kv_heads=1, d_ff=12, context=6)
 
 
-def make(config: DecoderConfig = CONFIG) -> Checkpoint:
+def make(config: Config = CONFIG) -> Checkpoint:
     model = Decoder(config, np.random.default_rng(0))
     tensors = {f"model.{name}": array for name, array in model.state_dict().items()}
     tensors |= {"optimizer.t": np.asarray(3, np.int64), "optimizer.m.0": np.zeros((0, 2), np.float32)}
@@ -168,7 +168,7 @@ def test_a_failure_while_writing_leaves_the_old_file(file, monkeypatch, moment):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_comes_back_with_its_configuration(tmp_path, tied):
-    config = DecoderConfig(11, 8, 2, 2, d_ff=12, context=6, tied=tied, rope_pairing="half", norm_eps=1e-3)
+    config = Config(11, 8, 2, 2, d_ff=12, context=6, tied=tied, rope_pairing="half", norm_eps=1e-3)
     write_checkpoint(checkpoint_path(tmp_path, 1), make(config))
     restored = load_model(tmp_path)
     assert restored.model.config == config and restored.tokenizer is None
@@ -178,7 +178,7 @@ def test_a_model_comes_back_with_its_configuration(tmp_path, tied):
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 4, "n_heads": 4, "n_layers": 1}])
 def test_the_shapes_of_a_configuration_are_those_of_its_decoder(changes):
-    config = DecoderConfig(**{**CONFIG.to_dict(), **changes})
+    config = Config(**{**CONFIG.to_dict(), **changes})
     model = Decoder(config, np.random.default_rng(0))
     assert decoder_shapes(config) == {name: array.shape for name, array in model.state_dict().items()}
 
@@ -212,7 +212,7 @@ WRONG = {
     "a context that no memory holds": (lambda c: change_config(c, context=10**12), "the context must be at most"),
     "unknown setting": (lambda c: change_config(c, colour="blue"), "does not describe its model"),
     "no configuration": (lambda c: Checkpoint(c.tensors, {"step": 3}), "does not describe its model"),
-    "impossible setting": (lambda c: change_config(c, n_heads=3), "DecoderConfig"),
+    "impossible setting": (lambda c: change_config(c, n_heads=3), "Config"),
 }
 
 

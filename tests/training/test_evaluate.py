@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minillm.autograd import no_grad
 from minillm.data import even_source
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.training.evaluate import Evaluation, evaluate
 from minillm.training.step import BatchThreads
 
@@ -17,7 +17,7 @@ V = 7
 
 
 def make_model(context: int = 8) -> Decoder:
-    return Decoder(DecoderConfig(V, 8, 1, 2, d_ff=8, context=context, init_std=0.5), np.random.default_rng(0))
+    return Decoder(Config(V, 8, 1, 2, d_ff=8, context=context, init_std=0.5), np.random.default_rng(0))
 
 
 def terms_one_by_one(model: Decoder, tokens: np.ndarray, past_of) -> float:
@@ -70,7 +70,7 @@ def test_bits_per_byte_charge_the_first_token_too():
 
 def test_the_floor_of_a_source_is_not_undercut():
     tokens = even_source().sample(np.random.default_rng(0), 2000)
-    model = Decoder(DecoderConfig(2, 8, 1, 2, context=8), np.random.default_rng(0))
+    model = Decoder(Config(2, 8, 1, 2, context=8), np.random.default_rng(0))
     assert evaluate(model, tokens).mean_nll > even_source().entropy_rate()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from minillm.data import IGNORE, Batch, BatchStream, ByteTokenizer, even_source
 from minillm.decoding import generate
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.optim import AdamW
 from minillm.training.checkpoint import Checkpoint, checkpoint_path, checkpoints_in, read_checkpoint, write_checkpoint
 from minillm.training.config import TrainingConfig
@@ -31,7 +31,7 @@ def make(folder=None, tokens=TOKENS, seed=0, width=8, on_look=None, stream=None,
         "validate_every": 10,
     }
     config = TrainingConfig(**{**settings, "seed": seed, **changes})
-    model = Decoder(DecoderConfig(9, width, 1, 2, d_ff=12, context=8), np.random.default_rng(seed))
+    model = Decoder(Config(9, width, 1, 2, d_ff=12, context=8), np.random.default_rng(seed))
     stream = stream or BatchStream(tokens, 8, config.batch_size, np.random.default_rng([seed, 1]))
     held_out = HeldOut(tokens[:60], 60)
     return Trainer(model, stream, config, folder=folder, held_out=held_out, on_look=on_look, show_progress=False)
@@ -284,7 +284,7 @@ def test_on_a_source_with_one_bit_of_memory_it_comes_near_the_entropy_rate():
     """Ones in runs of even length: a short run gets within 5 % of what the source itself would need."""
     source = even_source()
     tokens = source.sample(np.random.default_rng(0), 12_000)
-    model = Decoder(DecoderConfig(2, 16, 1, 2, context=16, init_std=0.1), np.random.default_rng(0))
+    model = Decoder(Config(2, 16, 1, 2, context=16, init_std=0.1), np.random.default_rng(0))
     stream = BatchStream(tokens[:10_000], 16, 32, np.random.default_rng(1))
     config = TrainingConfig(steps=150, batch_size=32, n_ctx=16, lr=1e-2, warmup_steps=10)
     loss = Trainer(model, stream, config, held_out=HeldOut(tokens[10_000:]), show_progress=False).run()

@@ -5,11 +5,11 @@ import pytest
 
 from minillm.autograd import Tensor, grad
 from minillm.fused.losses import cross_entropy
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.optim import AdamW
 from minillm.training.step import BatchThreads, loss_and_gradients, split_batch
 
-CONFIG = DecoderConfig(vocab_size=13, d_model=16, n_layers=2, n_heads=2, d_ff=24, context=12)
+CONFIG = Config(vocab_size=13, d_model=16, n_layers=2, n_heads=2, d_ff=24, context=12)
 
 
 def make(seed: int = 0):

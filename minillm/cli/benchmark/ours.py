@@ -7,7 +7,7 @@ import numpy as np
 
 from minillm.cli.benchmark.cases import BETAS, LEARNING_RATE, MAX_NORM, WEIGHT_DECAY, Case
 from minillm.fused.losses import cross_entropy
-from minillm.models import Decoder, DecoderConfig
+from minillm.models import Config, Decoder
 from minillm.optim import AdamW
 from minillm.training.step import BatchThreads
 
@@ -16,7 +16,7 @@ from minillm.training.step import BatchThreads
 def make_step(case: Case, threads: int) -> Iterator[Callable[[], float]]:
     """A training step on one fixed random batch."""
     rng = np.random.default_rng(0)
-    config = DecoderConfig(
+    config = Config(
         case.vocab_size, case.d_model, case.n_layers, case.n_heads, d_ff=case.d_ff, context=case.length
     )
     model = Decoder(config, rng)
