@@ -12,7 +12,7 @@ from minillm.functional.multi_head import check_rate
 
 
 def draw_kept(shape: tuple[int, ...], rate: float, rng: np.random.Generator) -> Bool[np.ndarray, "..."]:
-    """What survives: each entry with probability 1 - rate.
+    r"""What survives: each entry with probability 1 - rate.
 
     Equation: `dropout` $\mathbf R\sim\mathrm{Bernoulli}(q),\ q=1-p$
     Shapes: -> shape

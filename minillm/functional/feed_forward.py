@@ -179,11 +179,11 @@ def rank_residual(X: Float[np.ndarray, "L d"]) -> float:
 
 
 def collapse_by_depth(
-    L: int, d: int, depth: int, rng: np.random.Generator, *, skip: bool = False, mlp: bool = False
+    L: int, d: int, depth: int, rng: np.random.Generator, *, skip: bool = False
 ) -> Float[np.ndarray, " depth_plus_1"]:
-    r"""The rank residual after each of some layers of pure attention, with or without what prevents collapse.
+    r"""The rank residual after each of some layers of pure attention, with or without residual additions.
 
-    Equation: `rank-collapse` without additions and FFN the residual shrinks with depth
+    Equation: `rank-collapse` without additions and FFN the residual shrinks with depth, faster than geometrically
     Shapes: -> (depth + 1,)
     Raises: ValueError unless the sizes are positive.
     Source: notes §8.6; Dong et al. 2021.
@@ -198,9 +198,6 @@ def collapse_by_depth(
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         branch = weights / weights.sum(-1, keepdims=True) @ (X @ w_v)
         X = X + branch if skip else branch
-        if mlp:
-            hidden = np.maximum(X @ rng.normal(size=(d, 4 * d)) / np.sqrt(d), 0) @ rng.normal(size=(4 * d, d))
-            X = X + hidden / np.sqrt(4 * d) if skip else hidden / np.sqrt(4 * d)
         X = X / np.sqrt((X**2).mean())
         residuals.append(rank_residual(X))
     return np.array(residuals)
