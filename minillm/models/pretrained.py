@@ -64,8 +64,10 @@ def load_pretrained(name: str | os.PathLike, context: int | None = None) -> Pret
         raise ValueError(message("load_pretrained", "the model", wanted, str(name)))
     file = read_gguf(path)
     template = file.metadata.get("tokenizer.chat_template")
+    model = decoder_from_gguf(file, context)
+    lay_out(model)
     return Pretrained(
-        decoder_from_gguf(file, context),
+        model,
         tokenizer_from_gguf(file),
         template if isinstance(template, str) else None,
         path,

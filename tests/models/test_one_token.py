@@ -5,6 +5,7 @@ import pytest
 
 from minillm.autograd import no_grad
 from minillm.models import Config, Decoder
+from minillm.models.one_token import lay_out
 
 V, LENGTH = 31, 12
 
