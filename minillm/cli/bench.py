@@ -9,7 +9,7 @@ import time
 
 from tqdm import tqdm
 
-from minillm.checks import require_one_of, require_positive
+from minillm.checks import MissingPackageError, require_one_of, require_positive
 from minillm.cli.benchmark.families import Family
 from minillm.cli.benchmark.table import FAMILIES
 from minillm.cli.output import print_json, print_table
@@ -93,7 +93,16 @@ def chosen_cases(families: list[str], names: list[str] | None) -> list[tuple[Fam
     known = [(FAMILIES[family], name) for family in families for name in FAMILIES[family].cases]
     for name in names or []:
         require_one_of(name, [known_name for _, known_name in known], "bench", "--case")
-    return [(family, name) for family, name in known if names is None or name in names]
+    chosen = []
+    for family, name in known:
+        lacking = family.missing()
+        if names is None and lacking:
+            print(f"bench: {family.name} {name} is left out: {lacking}.", file=sys.stderr)
+        elif names is None or name in names:
+            if lacking:
+                raise MissingPackageError(f"bench: {lacking}.")
+            chosen.append((family, name))
+    return chosen
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,3 +38,4 @@ class Family:
     sides: Mapping[str, MakeStep]
     peer: str = "torch eager"
     columns: Callable[[Any, dict[str, float]], dict[str, Any]] = field(default=lambda case, median: {})  # more of a row
+    missing: Callable[[], str | None] = field(default=lambda: None)  # what this family needs and does not find here
