@@ -49,7 +49,9 @@ def smollm2_path() -> Path:
 def is_pretrained(name: str | os.PathLike) -> bool:
     """Whether a name or path is one that `load_pretrained` reads, not a checkpoint of a run of ours."""
     path = Path(name)
-    return str(name) == SMOLLM2 or path.suffix == ".gguf" or (path / "config.json").is_file()
+    a_run_of_ours = any(path.glob("checkpoint-*.safetensors")) if path.is_dir() else False
+    foreign = (path / "config.json").is_file() and not a_run_of_ours  # our runs have a config.json too
+    return str(name) == SMOLLM2 or path.suffix == ".gguf" or foreign
 
 
 def load_pretrained(name: str | os.PathLike, context: int | None = None) -> Pretrained:
