@@ -1,0 +1,212 @@
+"""A randomly initialised DeepSeek-V3 of transformers and our layers with its weights: logits, gradients, caches.
+
+The model: latent attention with low-rank queries, then a dense layer first and experts behind it, with a sigmoid
+router, a bias in the choice, shared experts and a scale. With one group of experts there is no choice of groups.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minillm.autograd import Tensor, grad, no_grad
+from minillm.decoding import beam_search, generate, speculative_generate
+from minillm.decoding.drafters import LookupDrafter
+from minillm.decoding.law import Law
+from minillm.fused.linear import linear
+from minillm.fused.losses import cross_entropy
+from minillm.nn import Embedding, Module, RMSNorm, SwiGLU
+from minillm.nn.cache import ModelCache
+from minillm.nn.experts import MixtureOfExperts
+from minillm.nn.latent_attention import LatentAttention
+from minillm.nn.layers import Linear
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.equation("mla-deepseek", "mla-decoupled-rope", "gating-sigmoid", "moe-bias-balancing")
+
+V, D, LAYERS, H, D_HEAD, D_R, D_V, D_C, D_Q, D_FF, D_EXPERT, EXPERTS, K, SHARED = (
+    31, 24, 3, 4, 6, 4, 5, 10, 12, 40, 16, 6, 2, 2,
+)  # fmt: skip
+VARIANTS = {
+    "as V3": {},
+    "queries not compressed": {"q_lora_rank": None},
+    "half pairing": {"rope_interleave": False},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+def their_model(**changes):
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": V, "hidden_size": D, "intermediate_size": D_FF, "moe_intermediate_size": D_EXPERT,
+        "num_hidden_layers": LAYERS, "num_attention_heads": H, "num_key_value_heads": H,
+        "n_shared_experts": SHARED, "n_routed_experts": EXPERTS, "num_experts_per_tok": K,
+        "routed_scaling_factor": 1.7, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "kv_lora_rank": D_C, "q_lora_rank": D_Q, "qk_rope_head_dim": D_R, "qk_nope_head_dim": D_HEAD,
+        "v_head_dim": D_V, "max_position_embeddings": 64, "initializer_range": 0.15, "num_mtp_layers": 0,
+        "num_nextn_predict_layers": 0, "attn_implementation": "eager", **changes,
+    }  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("gate.weight"):
+                parameter.normal_(0, 0.5)
+        for layer in model.model.layers[1:]:
+            layer.mlp.gate.e_score_correction_bias.uniform_(-0.2, 0.2)  # decides some choices, weighs none
+    return model
+
+
+class Block(Module):
+    """Pre-norm: attention, then a dense network or experts."""
+
+    def __init__(self, theirs, dense: bool):
+        rng, eps = np.random.default_rng(0), theirs.rms_norm_eps
+        pairing = "interleaved" if theirs.rope_interleave else "half"
+        self.attention_norm, self.ffn_norm = RMSNorm(D, eps), RMSNorm(D, eps)
+        sizes = {"d_q": theirs.q_lora_rank, "d_v": D_V, "pairing": pairing}
+        self.attention = LatentAttention(D, H, D_HEAD, D_C, D_R, rng, **sizes)
+        scale = theirs.routed_scaling_factor
+        self.ffn = (
+            SwiGLU(D, D_FF, rng)
+            if dense
+            else MixtureOfExperts(D, D_EXPERT, EXPERTS, K, rng, router="sigmoid", n_shared=SHARED, scale=scale)
+        )
+
+
+class OurModel(Module):
+    """The layers above in a row, with the interface that decoding asks for."""
+
+    def __init__(self, theirs):
+        rng = np.random.default_rng(0)
+        self.config = SimpleNamespace(vocab_size=V, context=64)
+        self.embedding = Embedding(V, D, rng)
+        self.blocks = [Block(theirs, dense=i < theirs.first_k_dense_replace) for i in range(LAYERS)]
+        self.final_norm = RMSNorm(D, theirs.rms_norm_eps)
+        self.head = None if theirs.tie_word_embeddings else Linear(D, V, rng)
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def hidden(self, ids, cache=None) -> Tensor:
+        x = self.embedding(ids)
+        for i, block in enumerate(self.blocks):
+            x = x + block.attention(block.attention_norm(x), cache=None if cache is None else cache.layer(i))
+            x = x + block.ffn(block.ffn_norm(x))
+        return self.final_norm(x)
+
+    def forward(self, ids, cache=None) -> Tensor:
+        return linear(self.hidden(ids, cache), self.output_weight)
+
+    def new_cache(self, batch, capacity=None):
+        return ModelCache([block.attention.new_cache(batch, capacity or 64) for block in self.blocks])
+
+
+def ours_by_theirs(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of a state (or gradients) of theirs under our names; gate and value change places."""
+    mapped = {}
+    for name, array in weights.items():
+        stem, _, last = name.removesuffix(".weight").rpartition(".")
+        block = stem.replace("model.layers.", "blocks.").replace(".self_attn", ".attention")
+        block = block.replace(".mlp.shared_experts", ".ffn").replace(".mlp.experts", ".ffn").replace(".mlp", ".ffn")
+        plain = {
+            "q_a_proj": "w_down_q", "q_b_proj": "w_up_q", "q_proj": "w_up_q", "q_a_layernorm": "q_norm.gain",
+            "kv_a_proj_with_mqa": "w_down_kv", "kv_a_layernorm": "kv_norm.gain", "kv_b_proj": "w_up_kv",
+            "o_proj": "w_out", "input_layernorm": "attention_norm.gain", "post_attention_layernorm": "ffn_norm.gain",
+            "gate": "w_router",
+        }  # fmt: skip
+        if last in plain:
+            mapped[f"{block}.{plain[last]}"] = array
+        elif last == "e_score_correction_bias":
+            mapped[block.removesuffix(".gate") + ".bias"] = array
+        elif last == "gate_up_proj":
+            gate, value = np.split(array, 2, axis=1)
+            mapped[f"{block}.w_in"] = np.concatenate([value, gate], axis=1)
+        elif last == "up_proj":
+            joint = np.concatenate([array, weights[name.replace("up_proj", "gate_proj")]])
+            mapped[block + (".shared_in" if "shared" in stem else ".w_value_gate")] = joint
+        elif last == "down_proj":
+            mapped[block + (".shared_down" if "shared" in stem else ".w_down")] = array
+        elif last in ("embed_tokens", "norm", "lm_head"):
+            own = {"embed_tokens": "embedding.weight", "norm": "final_norm.gain", "lm_head": "head.weight"}
+            mapped[own[last]] = array
+    return mapped
+
+
+def pair(**changes):
+    theirs = their_model(**changes)
+    ours = OurModel(theirs.config)
+    state = ours_by_theirs({name: array.detach().numpy() for name, array in theirs.state_dict().items()})
+    if theirs.config.tie_word_embeddings:
+        state.pop("head.weight", None)
+    ours.load_state_dict(state)
+    return theirs, ours
+
+
+def some_ids(B: int = 3, L: int = 20, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, V, size=(B, L))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_gradients_are_theirs(variant):
+    theirs, ours = pair(**VARIANTS[variant])
+    ids = some_ids()
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    logits = ours(inputs)
+    wanted = theirs(torch.from_numpy(inputs)).logits
+    np.testing.assert_allclose(logits.data, wanted.detach().numpy(), atol=2e-5)
+
+    loss = torch.nn.functional.cross_entropy(wanted.reshape(-1, V), torch.from_numpy(targets).reshape(-1))
+    loss.backward()
+    gradients = {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
+    their_gradients = ours_by_theirs(gradients)
+    named = {name: p for name, p in ours.named_parameters() if not name.endswith("ffn.bias")}
+    found = grad(cross_entropy(logits, targets), list(named.values()))
+    assert set(named) == set(their_gradients)
+    for (name, _), gradient in zip(named.items(), found, strict=True):
+        reference = their_gradients[name]
+        error = np.linalg.norm(gradient.data - reference) / np.linalg.norm(reference)
+        assert error < 2e-5, (name, error)
+
+
+def test_the_bias_decides_choices():
+    """Without it other experts are chosen, so the parity above has tested it."""
+    _, ours = pair()
+    ids = some_ids()
+    with no_grad():
+        with_bias = ours(ids).data
+        for block in ours.blocks[1:]:
+            block.ffn.bias.data[...] = 0.0
+        assert np.abs(ours(ids).data - with_bias).max() > 1e-2
+
+
+@pytest.mark.equation("mla-absorb", "kv-cache-mla", "kv-cache")
+def test_cached_logits_are_the_uncached_ones_and_the_cache_is_narrow():
+    _, ours = pair()
+    ids = some_ids(2, 15)
+    with no_grad():
+        whole, cache, start, found = ours(ids).data, ours.new_cache(2, 15), 0, []
+        for n in (4, 1, 1, 6, 3):
+            found.append(ours(ids[:, start : start + n], cache).data)
+            start += n
+    np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=2e-5)
+    assert cache.nbytes == 4 * LAYERS * 2 * 15 * (D_C + D_R)
+
+
+@pytest.mark.equation("greedy", "beam-search", "speculative-decoding")
+def test_every_way_of_decoding_works_over_latents():
+    theirs, ours = pair()
+    prompts = some_ids(2, 5)
+    ends = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones(2, 5, dtype=torch.long)
+    wanted = theirs.generate(torch.from_numpy(prompts), attention_mask=mask, use_cache=False, **ends).numpy()[:, 5:]
+    greedy = generate(ours, prompts, 12, np.random.default_rng(0), temperature=0)
+    np.testing.assert_array_equal(greedy.tokens, wanted)
+    np.testing.assert_array_equal(beam_search(ours, prompts, 12, beams=1).tokens[:, 0], wanted)
+    fast = speculative_generate(
+        ours, LookupDrafter(V, 1), prompts, 12, np.random.default_rng(0), law=Law(temperature=0)
+    )
+    np.testing.assert_array_equal(fast.generation.tokens, wanted)
