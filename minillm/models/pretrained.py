@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minillm.checks import MissingPackageError, message
-from minillm.data import Tokenizer
+from minillm.data import Tokenizer, read_json
 from minillm.data.gguf import read_gguf
 from minillm.data.gguf_tokenizer import tokenizer_from_gguf
 from minillm.data.templates import default_system
+from minillm.data.tokenizer_json import read_tokenizer_json
 from minillm.models.decoder import Decoder
+from minillm.models.folder import load_folder
 from minillm.models.gguf_weights import decoder_from_gguf
 from minillm.models.one_token import lay_out
 
@@ -64,13 +66,24 @@ def load_pretrained(name: str | os.PathLike, context: int | None = None) -> Pret
     if not is_pretrained(path):
         wanted = f"{SMOLLM2!r}, a file NAME.gguf or a folder with config.json"
         raise ValueError(message("load_pretrained", "the model", wanted, str(name)))
+    return _from_gguf(path, context) if path.suffix == ".gguf" else _from_folder(path, context)
+
+
+def _from_gguf(path: Path, context: int | None) -> Pretrained:
     file = read_gguf(path)
     template = file.metadata.get("tokenizer.chat_template")
     model = decoder_from_gguf(file, context)
     lay_out(model)
-    return Pretrained(
-        model,
-        tokenizer_from_gguf(file),
-        template if isinstance(template, str) else None,
-        path,
-    )
+    return Pretrained(model, tokenizer_from_gguf(file), template if isinstance(template, str) else None, path)
+
+
+def _from_folder(path: Path, context: int | None) -> Pretrained:
+    model = load_folder(path, context)
+    lay_out(model)
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    template = path / "chat_template.jinja"
+    config = path / "tokenizer_config.json"
+    text = template.read_text(encoding="utf-8") if template.is_file() else None
+    if text is None and config.is_file():
+        text = read_json(config, "load_pretrained").get("chat_template")
+    return Pretrained(model, read_tokenizer_json(path) if has_tokenizer else None, text, path)
