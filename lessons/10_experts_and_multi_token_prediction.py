@@ -216,9 +216,9 @@ for skew in (0.0, 0.5, 1.0):
         [capacity.drop_rate(wanted, capacity.reroute_overflow(P3, wanted, C)) for C in caps],
     )
 figure, axes = plt.subplots(figsize=(8, 3.3))
-for (skew, (dropped, rerouted)), colour in zip(lost.items(), (BLUE, GREEN, VERMILION), strict=True):
+for (skew, (dropped, _)), colour in zip(lost.items(), (BLUE, GREEN, VERMILION), strict=True):
     axes.plot(factors, 100 * np.array(dropped), "-", color=colour, label=f"dropping, skew {skew:g}")
-axes.plot(factors, 100 * np.array(rerouted), ":", color=PURPLE, label="rerouting, skew 1")
+axes.plot(factors, 100 * np.array(lost[1.0][1]), ":", color=PURPLE, label="rerouting, skew 1")
 axes.axvline(1, color="#999999", linewidth=1)
 axes.set(xlabel="capacity factor c", ylabel="assignments lost, %", title="512 tokens over 8 experts, k = 2")
 axes.legend()
