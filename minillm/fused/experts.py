@@ -57,11 +57,20 @@ def _weight_gradient(packing: Packing, dy: np.ndarray, x: np.ndarray) -> np.ndar
     return dw
 
 
-def _add_up(y: np.ndarray, order: np.ndarray, starts: np.ndarray, tokens: np.ndarray, n: int) -> np.ndarray:
-    """Sum the rows of each token; ``order`` brings them together, each run beginning at one of ``starts``."""
-    z = np.zeros((n, y.shape[1]), y.dtype)
-    if len(order):
-        z[tokens] = np.add.reduceat(y[order], starts, axis=0)
+def _products_added_up(packing: Packing, x: np.ndarray, w: np.ndarray, g: np.ndarray | None = None) -> np.ndarray:
+    """The rows of every expert times its matrix, weighted, and added at their tokens' places: (A, m) -> (N, n).
+
+    A token is in an expert's list at most once, so the places of one expert are distinct and plain indexing adds up.
+    """
+    z = np.zeros((packing.n_tokens, w.shape[2]), x.dtype)
+    for e in np.flatnonzero(packing.loads).tolist():
+        rows = packing.rows(e)
+        y = x[rows] @ w[e]
+        if g is not None:
+            y *= g[rows, None]
+        places = packing.tokens[rows]
+        y += z[places]
+        z[places] = y
     return z
 
 
@@ -84,7 +93,7 @@ def mixture_of_experts(
 
     Equation: `moe-output` $y=\sum_{e\in\mathcal T}G(x)_e\,E_e(x)$
     Equation: `moe-dispatch` rows sorted by expert
-    Equation: `moe-combine` rows sorted back by token and summed in runs
+    Equation: `moe-combine` the output of each expert added where its tokens are
     Shapes: x (N, d_model), gates (N, E), routed booleans (N, E), w_in (E, f_in, d_model), w_down (E, d_model, d_ff)
         -> (N, d_model); keeps the packed rows, the activations and what their gradient needs.
     Raises: ValueError for arguments that do not fit one another, or an unknown activation.
@@ -92,18 +101,11 @@ def mixture_of_experts(
     """
     routed = check_layer("mixture_of_experts", x, gates, routed, w_in, w_down, activation)
     packing = pack(routed)
-    tokens, N = packing.tokens, len(x)
-    order = np.argsort(tokens, kind="stable")
-    ranked = tokens[order]
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else ranked
-    present = ranked[starts]
-
+    tokens = packing.tokens
     g = gates[tokens, packing.experts]  # (A,)
     packed = np.take(x, tokens, axis=0, out=scratch.empty((len(tokens), x.shape[1]), x.dtype), mode="clip")
     hidden, pull_hidden = KINDS[activation](_per_expert(packing, packed, w_in.swapaxes(1, 2)))  # (A, d_ff)
-    y = _per_expert(packing, hidden, w_down.swapaxes(1, 2))  # (A, d_model)
-    y *= g[:, None]
-    z = _add_up(y, order, starts, present, N)
+    z = _products_added_up(packing, hidden, w_down.swapaxes(1, 2), g)  # (N, d_model)
 
     def vjp(dz):
         dy = np.take(dz, tokens, axis=0, out=scratch.empty(packed.shape, x.dtype), mode="clip")
@@ -115,7 +117,7 @@ def mixture_of_experts(
         u *= g[:, None]
         dh = pull_hidden(u)  # (A, f_in)
         dw_in = _weight_gradient(packing, dh, packed)
-        dx = _add_up(_per_expert(packing, dh, w_in), order, starts, present, N)
+        dx = _products_added_up(packing, dh, w_in)
         return dx, dgates, None, dw_in, dw_down
 
     return z, vjp
