@@ -45,7 +45,7 @@ from minillm.nn import KVCache
 from minillm.nn.latent_attention import LatentAttention
 from minillm.nn.quantised_cache import QuantisedCache
 from minillm.nn.window_cache import WindowCache
-from minillm.plotting import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, use_style
+from minillm.plotting import BLUE, GREEN, ORANGE, SKY, VERMILION, use_style
 
 use_style()
 LONG = False  # more texts in the last experiment
@@ -251,7 +251,7 @@ kinds = {
     "multi-query, 1 head": (2 * 128, GREEN),
 }
 figure, axis = plt.subplots(figsize=(8, 2.4))
-for i, (name, (width, colour)) in enumerate(kinds.items()):
+for i, (width, colour) in enumerate(kinds.values()):
     axis.barh(-i, width, color=colour)
     axis.text(width * 1.15, -i, f"{width:,}", va="center")
 axis.set(xscale="log", xlim=(100, 1e5), xlabel="numbers cached for each token and layer (heads of width 128)")
