@@ -97,10 +97,19 @@ def read_safetensors(path: str | os.PathLike) -> SafetensorsFile:
         raise FileNotFoundError(f"read_safetensors: there is no file {path}.")
     if not path.is_file():
         raise ValueError(message("read_safetensors", str(path), "a file", "a folder or a device"))
-    if path.stat().st_size < 8:
-        raise _wrong(path, "the length of the header", "8 bytes", f"a file of {path.stat().st_size}")
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return parse_safetensors(path, b"")
     with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return parse_safetensors(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def parse_safetensors(path: Path, mapped: mmap.mmap | bytes) -> SafetensorsFile:
+    """What the bytes of a file say; the path is for the messages.
+
+    Raises: ValueError as `read_safetensors` does.
+    """
+    if len(mapped) < 8:
+        raise _wrong(path, "the length of the header", "8 bytes", f"a file of {len(mapped)}")
     (length,) = struct.unpack("<Q", mapped[:8])
     room = min(len(mapped) - 8, LARGEST_HEADER)
     if not 2 <= length <= room:
