@@ -2,5 +2,7 @@
 
 from minillm.models.config import Config
 from minillm.models.decoder import Decoder
+from minillm.models.encoder_decoder import EncoderDecoder
+from minillm.models.transformer import Transformer
 
-__all__ = ["Config", "Decoder"]
+__all__ = ["Config", "Decoder", "EncoderDecoder", "Transformer"]

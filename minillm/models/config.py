@@ -7,15 +7,16 @@ choice too.
 from dataclasses import asdict, dataclass
 
 from minillm.checks import require, require_one_of, require_positive
+from minillm.functional.feed_forward import GATES
 from minillm.functional.positions import PAIRINGS
+from minillm.nn.ffn import KINDS as FEED_FORWARDS
 from minillm.nn.layers import INIT_STD
+from minillm.nn.norms import KINDS as NORMS
 from minillm.nn.positions import KINDS as POSITIONS
 
 ARCHITECTURES = ("decoder", "encoder", "prefix", "encoder-decoder")
 ATTENTIONS = ("heads", "latent", "linear")
-FFNS = ("swiglu", "geglu", "gelu", "gelu-tanh", "relu", "experts")
-GATED = ("swiglu", "geglu", "experts")
-NORMS = ("rmsnorm", "layernorm")
+FFNS = (*FEED_FORWARDS, "experts")
 NORM_PLACES = ("pre", "post")
 LAYOUTS = ("sequential", "parallel")
 BRANCHES = ("plain", "halved", "learnt")
@@ -76,7 +77,9 @@ class Config:
         self._fill("n_kv_heads", self.n_heads)
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "context"):
             require_positive(getattr(self, name), "Config", name, integer=True)
-        self._fill("d_ff", 4 * -(-(8 * self.d_model // 3) // 4) if self.ffn in GATED else 4 * self.d_model)
+        self._fill(
+            "d_ff", 4 * -(-(8 * self.d_model // 3) // 4) if self.ffn in (*GATES, "experts") else 4 * self.d_model
+        )
         require_positive(self.d_ff, "Config", "d_ff", integer=True)
         self._check_choices()
         self._check_heads()
