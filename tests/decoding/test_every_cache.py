@@ -37,7 +37,7 @@ MIXERS = {
     "grouped": lambda rng: MultiHeadAttention(D, H, rng, n_kv_heads=2, **HEADS),
     "multi-query": lambda rng: MultiHeadAttention(D, H, rng, n_kv_heads=1, **HEADS),
     "window": lambda rng: MultiHeadAttention(D, H, rng, window=5, **HEADS),
-    "latent": lambda rng: LatentAttention(D, H, 4, 8, 2, rng, d_q=8, std=0.4),
+    "latent": lambda rng: LatentAttention(D, H, 4, 8, 2, rng, d_q=8, std=0.6, std_out=0.6),
     "linear": lambda rng: LinearAttention(D, H, rng, std=0.4),
     "int8": lambda rng: QuantisedHeads(D, H, rng, **HEADS),
 }
