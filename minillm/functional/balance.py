@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from minillm.autograd import Tensor, as_tensor
+from minillm.autograd import Tensor, as_tensor, where
 from minillm.autograd import primitives as ops
 from minillm.autograd.registry import written
 from minillm.checks import require, require_positive
@@ -18,16 +18,16 @@ def load_fractions(routed: Any, *, normalise_by_k: bool = True) -> Float[np.ndar
     r"""The share of assignments that each expert has.
 
     Equation: `moe-aux-loss` $f_e=\frac{N_e}{kBL}$, or $\frac{N_e}{BL}$ with ``normalise_by_k=False``
-    Shapes: routed booleans (..., E) -> (E,); sums to 1 (or to k)
+    Shapes: routed booleans (..., E) -> (E,); sums to 1 (or to k), zeros without a token
     Raises: ValueError unless routed is boolean and chooses something.
     Source: notes §8.8.
     Differs: divided by k too, so that the shares sum to 1 (erratum 40).
     """
     routed = frozen(routed)
     require(routed.dtype == bool and routed.ndim >= 1, "load_fractions", "the choice", "booleans (..., E)", routed)
-    require(bool(routed.any()), "load_fractions", "the choice", "of at least one expert", routed)
+    require(not routed.size or bool(routed.any()), "load_fractions", "the choice", "of at least one expert", routed)
     rows = routed.reshape(-1, routed.shape[-1])
-    return rows.sum(0) / (rows.sum() if normalise_by_k else len(rows))
+    return rows.sum(0) / max(int(rows.sum()) if normalise_by_k else len(rows), 1)
 
 
 def _example_gates(rng):
@@ -51,7 +51,8 @@ def aux_loss(
     routed = check_routed("aux_loss", routed, p.shape)
     E = p.shape[-1]
     f = load_fractions(routed, normalise_by_k=normalise_by_k)
-    return (p.reshape(-1, E).mean(0) * f).sum() * float(E)
+    m = p.reshape(-1, E).sum(0) * (1.0 / max(p.size // E, 1))
+    return (m * f).sum() * float(E)
 
 
 @written(
@@ -70,7 +71,9 @@ def moe_total_loss(task: Float[Tensor, ""], aux: Float[Tensor, ""], coefficient:
 
 
 def _squared_variation(total: Tensor, weight: float, ddof: int) -> Tensor:
+    """w CV^2; 0 where everything is 0, which is even too."""
     mean = total.mean()
+    mean = where(mean.data == 0, 1.0, mean)
     return total.var(ddof=ddof) / (mean * mean) * weight
 
 
@@ -148,7 +151,7 @@ def z_loss(r: Float[Tensor, "*B E"]) -> Float[Tensor, ""]:
     Source: deepseek (auxiliary losses); Zoph et al. 2022 (ST-MoE).
     """
     lse = logsumexp(r)
-    return (lse * lse).mean()
+    return (lse * lse).sum() * (1.0 / max(lse.size, 1))
 
 
 @written("sequence_balance_loss", example=lambda rng: (_three_axes(rng), {"coefficient": 0.5}))
@@ -169,7 +172,7 @@ def sequence_balance_loss(
     require(bool((chosen > 0).all()), "sequence_balance_loss", "every sequence", "with a chosen expert", routed)
     f = s.shape[-1] * routed.sum(1) / chosen[:, None]  # (B, E)
     m = (s / s.sum(-1, keepdims=True)).mean(1)  # (B, E)
-    return (m * f).sum(-1).mean() * coefficient
+    return (m * f).sum() * (coefficient / max(len(routed), 1))
 
 
 def _three_axes(rng):

@@ -37,24 +37,23 @@ def future_targets(ids: Any, i: int, ignore_index: int = IGNORED) -> Int[np.ndar
 
 def _example_heads(rng):
     n, B, L, V = [(1, 2, 4, 3), (2, 1, 3, 5), (3, 2, 4, 4)][rng.integers(3)]
-    return (rng.normal(size=(n, B, L, V)), rng.integers(V, size=(B, L))), {}
+    return (rng.normal(size=(B, n, L, V)), rng.integers(V, size=(B, L))), {}
 
 
 @written("parallel_heads_loss", example=_example_heads)
-def parallel_heads_loss(logits: Float[Tensor, "n B L V"], ids: Int[np.ndarray, "B L"]) -> Float[Tensor, ""]:
+def parallel_heads_loss(logits: Float[Tensor, "B n L V"], ids: Int[np.ndarray, "B L"]) -> Float[Tensor, ""]:
     r"""The loss of n heads that read one stream and look 1, ..., n tokens ahead.
 
     Equation: `mtp-parallel-heads` $-\sum_{i=1}^n\log p(x_{t+i}\mid x_{\le t})$, the mean over the positions that have a target
-    Shapes: logits (n, B, L, V), ids (B, L) -> scalar; n = 1 is the ordinary loss
+    Shapes: logits (B, n, L, V), ids (B, L) -> scalar; n = 1 is the ordinary loss
     Raises: IndexError for ids outside [0, V), ValueError if shapes do not match or n >= L.
     Source: deepseek (multi-token prediction); Gloeckle et al. 2024.
     """
     ids = check_ids("parallel_heads_loss", ids, logits.shape[-1])
-    require(ids.shape == logits.shape[1:3], "parallel_heads_loss", "the ids", f"of shape {logits.shape[1:3]}", ids)
-    require(len(logits) > 0, "parallel_heads_loss", "the logits", "of at least one head", logits)
-    losses = [
-        cross_entropy(head, future_targets(ids, i), ignore_index=IGNORED) for i, head in enumerate(logits, start=1)
-    ]
+    B, n, L, _ = logits.shape
+    require(ids.shape == (B, L), "parallel_heads_loss", "the ids", f"of shape {(B, L)}", ids)
+    require(n > 0, "parallel_heads_loss", "the logits", "of at least one head", logits)
+    losses = [cross_entropy(logits[:, i - 1], future_targets(ids, i), ignore_index=IGNORED) for i in range(1, n + 1)]
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss
