@@ -83,7 +83,6 @@ x = 2.0 ** np.linspace(-30, 15, 800)
 for name, colour in (("fp8_e4m3", BLUE), ("fp8_e5m2", VERMILION), ("fp16", GREEN), ("bf16", PURPLE)):
     known = x[x <= float_format(name).largest]
     axes[1].loglog(known, ulp(known, name) / known, color=colour, label=name, linewidth=1.4)
-axes[1].axhline(1, color="grey", linewidth=0.8, linestyle=":")
 axes[1].set(xlabel="x", ylabel="ulp(x) / x", title="Relative spacing", ylim=(3e-4, 50))
 axes[1].legend(loc="upper right")
 plt.show()
@@ -174,10 +173,11 @@ with np.errstate(over="ignore"):
         axes.hist(np.log2(scaled), bins=bins, color=colour, alpha=0.6, label=f"S = {scale:g}: {lost:.1%} become 0")
         print(f"S = {scale:g}: {lost:.1%} of the gradients become 0")
 axes.axvspan(-36, -25, color="grey", alpha=0.25)
-axes.text(-35.3, axes.get_ylim()[1] * 0.93, "0 in fp16", color="black", va="top")
+top = axes.get_ylim()[1] * 1.15
+axes.text(-35.3, 0.97 * top, "0 in fp16", va="top")
 axes.axvline(-14, color="black", linewidth=1, linestyle="--")
-axes.text(-13.6, axes.get_ylim()[1] * 0.93, "normal from here", va="top")
-axes.set(xlabel="log2 of the scaled gradient", ylabel="count", title="Scaling moves the gradients into the range of fp16", xlim=(-36, 16))
+axes.text(-13.6, 0.97 * top, "normal from here", va="top")
+axes.set(xlabel="log2 of the scaled gradient", ylabel="count", title="Scaling moves the gradients into the range of fp16", xlim=(-36, 16), ylim=(0, top))
 axes.legend(loc="center right")
 plt.show()
 print("scaled loss passes the gradient check:", gradcheck(lambda w: loss_scaling.scale_loss((w * w).sum(), 1024.0), [rng.normal(size=3)]).passed)
@@ -244,11 +244,11 @@ for kind, product in {
     "int8, one a row": quantisation.dequantise(quantisation.quantise_int8(w, -1)) @ x,
 }.items():
     errors[kind] = np.sqrt(((product - exact) ** 2).mean(1) / (exact**2).mean(1))
-figure, axes = plt.subplots(figsize=(7.6, 3.5))
+figure, axes = plt.subplots(figsize=(8.8, 3.5))
 for (kind, error), colour, style in zip(errors.items(), (BLUE, BLUE, VERMILION, VERMILION), ("o-", "o:", "s-", "s:"), strict=True):
     axes.semilogy(quietness, error, style, color=colour, label=kind, markersize=4)
 axes.set(xlabel="how much quieter the row is than the loudest: factor 2 to the minus …", ylabel="relative error of its outputs", title="A scale for each channel: necessary for int8, a reserve for FP8")
-axes.legend(loc="center right")
+axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 for i in (0, 4, 10, 13):
     print(f"row 2^-{quietness[i]}: " + ", ".join(f"{kind} {error[i]:.3f}" for kind, error in errors.items()))
@@ -329,7 +329,7 @@ axes.vlines(nf4.nf4_levels(), -0.16 * top, -0.02 * top, color=BLUE, linewidth=2)
 axes.vlines(np.arange(-7, 8) / 7, -0.32 * top, -0.18 * top, color=VERMILION, linewidth=2)
 axes.text(1.04, -0.09 * top, "NF4", color=BLUE, va="center")
 axes.text(1.04, -0.25 * top, "int4", color=VERMILION, va="center")
-axes.set(xlabel="weight over the largest of its block", ylabel="density", title="Sixteen quantiles and fifteen equal steps", xlim=(-1.1, 1.2), ylim=(-0.36 * top, top))
+axes.set(xlabel="weight over the largest of its block", ylabel="density", title="Sixteen quantiles and fifteen equal steps", xlim=(-1.1, 1.2), ylim=(-0.36 * top, top), yticks=[0, 0.5, 1])
 axes.grid(visible=False)
 plt.show()
 
