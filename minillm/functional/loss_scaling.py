@@ -26,7 +26,11 @@ POLICY = {
 }
 
 
-@written("scale_loss", example=lambda rng: ((np.array(rng.normal()), float(rng.choice([1.0, 4.0, 1024.0]))), {}))
+def _example(rng):
+    return (np.array(rng.normal()),), {"scale": float(rng.choice([1.0, 4.0, 1024.0]))}
+
+
+@written("scale_loss", example=_example)
 def scale_loss(loss: Float[Tensor, ""], scale: float) -> Float[Tensor, ""]:
     r"""The loss times a constant, so that its gradients are too.
 
