@@ -173,9 +173,15 @@ def cached_attention(
     new_values = qkv.data.reshape(B, L, H + 2 * H_kv, d_head)[:, :, H + H_kv :]
     q, k, v, o = _by_head(qk, new_values, out, H, H_kv)
     keys, values = cache.write(layer, k[:, :, 0], v[:, :, 0])
-    s = q @ keys[:, :, None].swapaxes(-1, -2)  # (B, H_kv, H/H_kv, L_new, L_all)
-    if L > 1:
-        s += blocks.later_keys(L, s.shape[-1], s.dtype)
+    if (
+        L > 1
+    ):  # a prompt: cut as in training, so that no L x L memory is needed and most of what is hidden is not computed
+        S = keys.shape[2]
+        lse = scratch.empty((B, H_kv, H // H_kv, 1, L), qkv.dtype)
+        work = blocks.tasks(B, H_kv, H // H_kv, L, S, qkv.dtype.itemsize, causal=True)
+        blocks.forward(q, keys[:, :, None], values[:, :, None], o, lse, Pattern(L, S, causal=True), work)
+        return wrap(out.reshape(B, L, H * d_head))
+    s = q @ keys[:, :, None].swapaxes(-1, -2)  # (B, H_kv, H/H_kv, 1, L_all)
     s -= s.max(-1, keepdims=True)
     np.exp(s, out=s)
     s /= s.sum(-1, keepdims=True)

@@ -132,12 +132,6 @@ def _earlier(n_keys: int, n_queries: int, shift: int, dtype: np.dtype) -> np.nda
     return _frozen(np.arange(n_keys)[:, None] < np.arange(n_queries) + shift, dtype)
 
 
-@lru_cache(maxsize=32)
-def later_keys(n_queries: int, n_keys: int, dtype: np.dtype) -> np.ndarray:
-    """Minus infinity where a key comes after the query, the last of both aligned: (queries, keys)."""
-    return _frozen(np.arange(n_keys) > np.arange(n_queries)[:, None] + (n_keys - n_queries), dtype)
-
-
 def _frozen(hidden: np.ndarray, dtype: np.dtype) -> np.ndarray:
     mask = np.where(hidden, -np.inf, 0).astype(dtype)
     mask.flags.writeable = False

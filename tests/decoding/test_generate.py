@@ -31,7 +31,7 @@ def prompts_of(B: int, L: int, seed: int = 1) -> np.ndarray:
     st.sampled_from(["interleaved", "half"]),
     st.sampled_from([1, 2, 4]),
     st.booleans(),
-    st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
     st.integers(0, 1000),
 )
 @settings(max_examples=25)
