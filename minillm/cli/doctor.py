@@ -49,6 +49,7 @@ WITHOUT = {
         "transformers": "a second opinion on the transformer, in the tests",
         "trl": "a second opinion on the policy losses, in the tests",
         "ml_dtypes": "a second opinion on numbers with few bits, in the tests",
+        "gguf": "a second opinion on blocks of quantised weights, in the tests",
         "bitsandbytes": "a second opinion on NF4, in the tests",
     },
 }
