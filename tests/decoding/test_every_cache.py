@@ -10,6 +10,7 @@ from minillm.decoding import Law, LookupDrafter, ModelDrafter, beam_search, gene
 from minillm.functional.positions import rope, rotation_angles
 from minillm.fused.linear import linear
 from minillm.models import Config, Decoder
+from minillm.models.transformer import Transformer
 from minillm.nn import Embedding, Module, RMSNorm, SwiGLU
 from minillm.nn.cache import ModelCache
 from minillm.nn.latent_attention import LatentAttention
@@ -75,7 +76,7 @@ class Model(Module):
         return ModelCache([mixer.new_cache(batch, capacity or CONTEXT) for mixer in self.mixers])
 
 
-def greedy_without_cache(model: Model, prompts: np.ndarray, T: int) -> np.ndarray:
+def greedy_without_cache(model: Model | Transformer, prompts: np.ndarray, T: int) -> np.ndarray:
     text = prompts
     with no_grad():
         for _ in range(T):
@@ -148,3 +149,26 @@ def test_a_cache_that_cannot_drop_tokens_is_not_read_again_from_the_beginning(ki
     assert run.accepted[0] < run.proposed[0]  # some were rejected
     assert max(read[1:]) <= 1 + 3
     assert sum(read[1:]) <= 2 * (1 + 3) * run.passes[0]
+
+
+@pytest.mark.equation("mla-deepseek", "kv-cache-mla", "kv-cache")
+@pytest.mark.parametrize(
+    "choice",
+    [{"attention": "latent", "d_latent_q": 8}, {"attention": "linear", "positions": "none"}, {"window": 4}],
+    ids=str,
+)
+def test_the_general_transformer_decodes_with_the_cache_of_its_kind(choice):
+    config = Config(V, d_model=D, n_layers=2, n_heads=H, d_ff=24, context=CONTEXT, init_std=0.5, **choice)
+    model, T = Transformer(config, np.random.default_rng(0)), 8
+    wanted = greedy_without_cache(model, PROMPTS, T)
+    rng, law = np.random.default_rng(0), Law(temperature=0)
+    np.testing.assert_array_equal(generate(model, PROMPTS, T, rng, temperature=0).tokens, wanted)
+    np.testing.assert_array_equal(beam_search(model, PROMPTS, T, beams=1).tokens[:, 0], wanted)
+    fast = speculative_generate(model, LookupDrafter(V, 1), PROMPTS, T, rng, law=law)
+    np.testing.assert_array_equal(fast.generation.tokens, wanted)
+
+
+@pytest.mark.equation("mla-deepseek")
+def test_mla_alone_is_refused_because_it_means_two_things():
+    with pytest.raises(ValueError, match="attention must be one of"):
+        Config(V, attention="mla")
