@@ -54,15 +54,28 @@ def files_for(path: str) -> list[str]:
             ROOT / f"tests/autograd/test_{n}.py" for n in ("primitives", "tensor", "precision", "higher_order", "tape")
         ]
         return [str(f.relative_to(ROOT)) for f in found]
-    imported = re.compile(rf"\b(functional|fused)(\.| import .*\b){name}\b|\bimport .*\b{name}\b", re.MULTILINE)
-    found = [
-        file
-        for folder in TEST_FOLDERS
-        for file in sorted((ROOT / "tests" / folder).glob("test_*.py"))
-        if imported.search(file.read_text())
-    ]
+    found = tests_naming(name)
     found.sort(key=lambda f: (f.parent.name != package, name not in f.stem, f.stat().st_size))
+    for user in users_of(name):
+        found += [file for file in tests_naming(user) if file not in found]
     return [str(f.relative_to(ROOT)) for f in found]
+
+
+def naming(name: str) -> re.Pattern:
+    """What an import of a module of functional or fused looks like."""
+    return re.compile(rf"\b(functional|fused)(\.| import .*\b){name}\b|\bimport .*\b{name}\b", re.MULTILINE)
+
+
+def tests_naming(name: str) -> list[Path]:
+    """The test files that import a module of functional or fused."""
+    files = [file for folder in TEST_FOLDERS for file in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
+    return [file for file in files if naming(name).search(file.read_text())]
+
+
+def users_of(name: str) -> list[str]:
+    """The modules of functional and fused that import a module: their tests are its tests too."""
+    modules = [file for folder in ("functional", "fused") for file in sorted((ROOT / "minillm" / folder).glob("*.py"))]
+    return [file.stem for file in modules if file.stem != name and naming(name).search(file.read_text())]
 
 
 # ---------------------------------------------------------------------------- the checks, in the child
@@ -142,7 +155,7 @@ def check_tests(path: str, function: str) -> str:
 
 
 def check_kernels(path: str) -> str:
-    """The family's properties, one after the other; the first that fails, or nothing."""
+    """The family's exact problems, then its properties with more and more examples; the first that fails, or nothing."""
     import hypothesis
 
     compare = importlib.import_module("kernels.compare")
@@ -150,7 +163,10 @@ def check_kernels(path: str) -> str:
     compare.settings = lambda **how: hypothesis.settings(**{**how, **generate_only})
     family = path.split("/")[1]
     described = importlib.import_module("kernels.registry").load(family)
-    for examples, dtypes in ((3, ["float32"]), (12, ["float32", "float16"])):
+    wrong = [name for name, count in importlib.import_module(f"kernels.{family}.witness").witnesses("cpu") if count]
+    if wrong:
+        return f"witness: {wrong[0]}"
+    for examples, dtypes in ((3, ["float32"]), (12, ["float32", "float16"]), (60, ["float32"])):
         for prop in described.PROPERTIES:
             found = compare.compare(family, examples=examples, number=1, dtypes=dtypes, properties=[prop.name])
             for outcome in found:
