@@ -307,7 +307,7 @@ print(f"median of the other heads: {np.median(copying):.3f}")
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.9), width_ratios=[1, 1, 1.1, 1.1])
 for axis, scores, title in ((axes[0], sink, "weight on the first token"), (axes[1], copying, "weight on what followed")):
     picture = axis.imshow(scores, aspect="auto", vmin=0, vmax=1)
-    axis.set(xlabel="head", ylabel="layer", title=title, xticks=range(0, 9, 2))
+    axis.set(xlabel="head", ylabel="layer", title=title)
     axis.grid(False)
     figure.colorbar(picture, ax=axis)
 for axis, head in zip(axes[2:], top[:2]):
@@ -342,7 +342,7 @@ figure, axis = plt.subplots(figsize=(6.5, 2.6))
 names = ["first reading", "without 8 copying heads", "without 8 other heads", "second reading, whole model"]
 axis.barh(names, [first_time, without_top, np.mean(random_losses), whole], color=[ORANGE, VERMILION, BLUE, GREEN])
 axis.plot(random_losses, [2] * 5, "k|", markersize=14)
-axis.set(xlabel="loss in nats a token", title="Eight heads do most of the copying")
+axis.set(xlabel="loss in nats a token", title="Repeated random tokens: eight heads do most of the copying")
 plt.show()
 
 # %% [markdown]
