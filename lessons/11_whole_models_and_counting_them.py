@@ -252,8 +252,8 @@ print(f"latent attention of DeepSeek-V3 {counting.count_mla(7168, 128, 128, 512,
 
 # %% [markdown]
 # **Erratum 17.** The feed-forward networks are said to hold 50 to 60 % of the parameters. The table says otherwise. And
-# all models past the first have seen far more than the 20 tokens a parameter at which a budget is spent best
-# (`compute-optimal`): they are made to be run, not only to be trained.
+# only the largest stay near the 20 tokens a parameter at which a budget is spent best (`compute-optimal`). The small ones
+# have seen far more: they are made to be run, not only to be trained.
 
 # %%
 names = list(LLAMA)
@@ -262,7 +262,7 @@ ratios = [costs.tokens_per_parameter(counting.count_model(LLAMA[n].config).total
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
 left.barh(names, shares, color=BLUE)
 left.axvspan(50, 60, color=ORANGE, alpha=0.3)
-left.text(55, -0.2, "claimed", ha="center", fontsize=8)
+left.text(55, -0.75, "claimed", ha="center", fontsize=8)
 left.set(xlabel="FFN, % of parameters")
 left.invert_yaxis()
 right.barh(names, ratios, color=GREEN)
