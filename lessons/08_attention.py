@@ -90,7 +90,9 @@ for sharpness, style in ((1.0, ":"), (5.0, "--"), (40.0, "-")):
             axes[0].plot(np.degrees(angles), weights[:, s], color=colour, label=f"key {s + 1}, value {s + 1}")
 for panel, title in zip(axes, ("weights, scores times 5", "what comes back"), strict=True):
     panel.set(title=title, xlabel="direction of the query, degrees", xticks=[0, 120, 240, 360])
-    panel.legend(fontsize=9)
+axes[0].set_ylim(-0.03, 1.45)
+axes[0].legend(fontsize=9, ncols=3, loc="upper center", columnspacing=1.0, handlelength=1.2)
+axes[1].legend(fontsize=9)
 plt.show()
 print("close to 60 degrees, half-way between keys 1 and 2, even sharp weights share:", weights[33].round(1))
 
@@ -156,8 +158,8 @@ for name, (scale, colour) in scales.items():
         panel.plot(d_heads, curve, "o-", markersize=3, color=colour, label=name)
 for panel, title in zip(axes, ("variance of the scores", "entropy over log L", "slope left in the softmax"), strict=True):
     panel.set(title=title, xlabel="d_head", xscale="log")
-axes[0].set_yscale("log")
-axes[0].legend(fontsize=9)
+axes[0].set(yscale="log", ylim=(1e-3, 1e5))
+axes[0].legend(fontsize=9, ncols=2, loc="upper left")
 plt.show()
 ratio = np.array(variances["1"]) / d_heads
 print("variance over d_head, between 0.8 and 1.2 for all widths:", bool((ratio > 0.8).all() and (ratio < 1.2).all()))
@@ -393,8 +395,9 @@ formulas = {
 }
 figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4))
 for (name, found), colour, marker in zip(counts.items(), (VERMILION, BLUE, GREEN), "osx", strict=True):
-    axes[0].loglog(lengths, [c.products for c in found], marker, color=colour, label=f"{name}, counted")
-    axes[1].loglog(lengths, [c.largest for c in found], marker, color=colour)
+    size = {"markersize": 11 if name == "dense" else 6, "fillstyle": "none" if name == "dense" else "full"}
+    axes[0].loglog(lengths, [c.products for c in found], marker, color=colour, label=f"{name}, counted", **size)
+    axes[1].loglog(lengths, [c.largest for c in found], marker, color=colour, **size)
     if name in formulas:
         axes[0].loglog(lengths, [f.operations for f in formulas[name]], ":", color=colour)
         axes[1].loglog(lengths, [f.memory for f in formulas[name]], ":", color=colour)
@@ -531,7 +534,7 @@ for name, (colour, _) in mixers.items():
 span = np.arange(4, max(PAIRS) + 1)
 axes.plot(span, 4 / span + (1 - 4 / span) / N_VALUES, ":", color=VERMILION, label="4 of n seen, the rest guessed")
 axes.axhline(1 / N_VALUES, color="grey", linewidth=1, linestyle="--")
-axes.text(max(PAIRS), 1 / N_VALUES + 0.02, "guessing", ha="right", color="grey")
+axes.text(min(PAIRS), 1 / N_VALUES + 0.02, "guessing", ha="left", color="grey")
 axes.set(title="recall of one value among n", xlabel="n, pairs shown", ylabel="right answers", ylim=(0, 1.05), xticks=PAIRS)
 axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 plt.show()
