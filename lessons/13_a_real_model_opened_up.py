@@ -32,6 +32,7 @@ from collections import Counter
 
 import matplotlib.pyplot as plt
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from minillm.autograd import Tensor, grad, no_grad
 from minillm.data import python_docs_text
@@ -48,6 +49,7 @@ from minillm.models.pretrained import load_pretrained, smollm2_path
 from minillm.plotting import BLUE, GREEN, ORANGE, VERMILION, use_style
 
 use_style()
+threadpool_limits(1, user_api="blas")  # products on two threads have hung in a notebook on a busy machine
 pretrained = load_pretrained("smollm2", context=512)
 model, tokenizer, config = pretrained.model, pretrained.tokenizer, pretrained.model.config
 
