@@ -26,6 +26,7 @@ class Transformer(Module):
     Equation: `decoder-only-model` $P(\text{next}\mid\text{previous})$, causal, no cross-attention
     Equation: `encoder-only-model` ``architecture="encoder"``: full mask, contextual vectors
     Equation: `prefix-decoder-model` ``architecture="prefix"``: the prefix sees all of itself, what follows is causal
+    Equation: `single-type-failure` an encoder sees the token it should predict; a decoder is blind to what follows
     Equation: `final-ln` pre-norm models normalise the stream once more before the head
     Shapes: ids (B, L) -> logits (B, L, V)
     Raises: ValueError for ids that are not (B, L) or longer than the context, a prefix that is longer than the text, a
