@@ -1,4 +1,4 @@
-r"""Gated linear units with hand-derived gradients, computed in row chunks that stay in the cache."""
+r"""GELU and gated linear units with hand-derived gradients, computed in row chunks that stay in the cache."""
 
 import numpy as np
 import scipy.special
@@ -91,3 +91,77 @@ def geglu(h: np.ndarray):
         return dh
 
     return value * gate * cdf(), vjp
+
+
+@derived("gelu")
+def gelu(x: np.ndarray):
+    r"""Input times the Gaussian distribution function.
+
+    With the density $\varphi$: $\bar x=\bar y\,(\Phi(x)+x\varphi(x))$.
+
+    Equation: `gelu` $x\,\Phi(x)$
+    Shapes: any -> the same; keeps x and $\Phi(x)$.
+    Source: notes §8.6.
+    """
+    z = x.reshape(-1)
+    y, phi = scratch.empty(z.shape, x.dtype), scratch.empty(z.shape, x.dtype)
+    chunks = row_chunks(z.size, 1)
+    for part in chunks:
+        scipy.special.ndtr(z[part], out=phi[part])
+        np.multiply(z[part], phi[part], out=y[part])
+
+    def vjp(dy):
+        dy, dx = dy.reshape(-1), scratch.empty(z.shape, x.dtype)
+        for part in chunks:
+            d = np.multiply(z[part], z[part], out=dx[part])
+            d *= -0.5
+            np.exp(d, out=d)
+            d *= 1 / np.sqrt(2 * np.pi).item()
+            d *= z[part]
+            d += phi[part]
+            d *= dy[part]
+        return dx.reshape(x.shape)
+
+    return y.reshape(x.shape), vjp
+
+
+@derived("gelu_tanh")
+def gelu_tanh(x: np.ndarray):
+    r"""The approximation of GELU by a hyperbolic tangent.
+
+    With $t=\tanh u$ and $u=c(x+ax^3)$: $\bar x=\bar y\,\frac12\big(1+t+x(1-t^2)\,c(1+3ax^2)\big)$.
+
+    Equation: `gelu-tanh` $\frac x2\big(1+\tanh(c(x+ax^3))\big)$, $c=\sqrt{2/\pi}$, $a=0.044715$
+    Shapes: any -> the same; keeps x and t.
+    Source: notes §8.6.
+    """
+    c, a = np.sqrt(2 / np.pi).item(), 0.044715
+    z = x.reshape(-1)
+    y, t = scratch.empty(z.shape, x.dtype), scratch.empty(z.shape, x.dtype)
+    chunks = row_chunks(z.size, 1)
+    for part in chunks:
+        u = np.multiply(z[part], z[part], out=t[part])
+        u *= a * c
+        u += c
+        u *= z[part]
+        np.tanh(u, out=u)
+        np.add(u, 1, out=y[part])
+        y[part] *= z[part]
+        y[part] *= 0.5
+
+    def vjp(dy):
+        dy, dx = dy.reshape(-1), scratch.empty(z.shape, x.dtype)
+        for part in chunks:
+            d, slope = np.multiply(z[part], z[part], out=dx[part]), np.multiply(t[part], t[part])
+            d *= 3 * a * c
+            d += c
+            np.subtract(1, slope, out=slope)
+            d *= slope  # before the third power of x, which would overflow where the slope is 0
+            d *= z[part]
+            d += t[part]
+            d += 1
+            d *= 0.5
+            d *= dy[part]
+        return dx.reshape(x.shape)
+
+    return y.reshape(x.shape), vjp

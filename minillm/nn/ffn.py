@@ -6,12 +6,13 @@ from minillm.autograd import Tensor
 from minillm.checks import require_one_of, require_positive
 from minillm.functional.activation_family import ACTIVATIONS
 from minillm.functional.feed_forward import GATES
-from minillm.fused.activations import geglu, swiglu
+from minillm.fused.activations import geglu, gelu, gelu_tanh, swiglu
 from minillm.fused.linear import linear
 from minillm.nn.layers import INIT_STD
 from minillm.nn.module import Module, parameter
 
 FUSED_GATES = {"swiglu": swiglu, "geglu": geglu}
+FAST = {**ACTIVATIONS, "gelu": gelu, "gelu_tanh": gelu_tanh}  # derived where a model runs it and it pays
 KINDS = (*(name for name in ACTIVATIONS if name not in ("identity", "swish")), *GATES)
 
 
@@ -58,5 +59,5 @@ class FeedForward(Module):
             return FUSED_GATES[self.kind](h)
         if self.gated:
             d_ff = h.shape[-1] // 2
-            return h[..., :d_ff] * ACTIVATIONS[GATES[self.kind]](h[..., d_ff:])
-        return ACTIVATIONS[self.kind](h)
+            return h[..., :d_ff] * FAST[GATES[self.kind]](h[..., d_ff:])
+        return FAST[self.kind](h)
