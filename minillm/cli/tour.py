@@ -73,9 +73,7 @@ def text(pace: Pace, rng: np.random.Generator, folder: Path) -> dict[str, Any]:
     tokens = tokenizer.encode(python_docs_text())
     train, held_out = split_held_out(tokens)
     held_out = held_out[:8192]
-    size = Config(
-        tokenizer.vocab_size, d_model=128, n_layers=3, n_heads=4, context=128, tied=True, init_std=0.05
-    )
+    size = Config(tokenizer.vocab_size, d_model=128, n_layers=3, n_heads=4, context=128, tied=True, init_std=0.05)
     model = Decoder(size, rng)
     config = TrainingConfig(
         steps=pace.text_steps, batch_size=16, n_ctx=128, lr=3e-3, warmup_steps=min(30, pace.text_steps),

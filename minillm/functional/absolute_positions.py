@@ -1,5 +1,7 @@
 r"""Absolute positions: what is added to the stream before the first block."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -44,7 +46,7 @@ def _example(rng):
 
 @written("add_learned_positions", example=_example)
 def add_learned_positions(
-    x: Float[Tensor, "B L d"], w_pos: Float[Tensor, "L_max d"], positions: np.ndarray
+    x: Float[Tensor, "B L d"], w_pos: Float[Tensor, "L_max d"], positions: Any
 ) -> Float[Tensor, "B L d"]:
     r"""Add a learnt vector for each position.
 

@@ -80,11 +80,12 @@ def attention_weights(scores: Tensor, keep: np.ndarray | None = None) -> Tensor:
 
 def _example(rng):
     H, H_kv = [(2, 2), (4, 2), (3, 1)][rng.integers(3)]
-    L_q, L_k = [(4, 4), (2, 5), (1, 3), (5, 2)][rng.integers(4)]
+    L_q, L_k = [(4, 4), (2, 5), (1, 4), (5, 3)][rng.integers(4)]
     arrays = rng.normal(size=(2, H, L_q, 3)), rng.normal(size=(2, H_kv, L_k, 3)), rng.normal(size=(2, H_kv, L_k, 2))
-    keep = [None, rng.random((2, 1, L_q, L_k)) < 0.7, rng.random((H, L_q, L_k)) < 0.7][rng.integers(3)]
+    one_hidden = np.arange(L_k) != rng.integers(L_k, size=(2, H, L_q, 1))
+    keep = [None, one_hidden[:, :1], one_hidden[0]][rng.integers(3)]
     bias = [None, rng.normal(size=(H, L_q, L_k)), rng.normal(size=(2, 1, 1, L_k))][rng.integers(3)]
-    shape = [{}, {"causal": True}, {"causal": True, "window": int(rng.integers(1, 4))}][rng.integers(3)]
+    shape = [{}, {"causal": True}, {"causal": True, "window": int(rng.integers(3, 5))}][rng.integers(3)]
     return (*arrays, keep, bias), {**shape, "scale": [None, 0.5][rng.integers(2)]}
 
 
@@ -117,7 +118,7 @@ def scaled_dot_product_attention(
     q: Float[Tensor, "B H L_q d"],
     k: Float[Tensor, "B H_kv L_k d"],
     v: Float[Tensor, "B H_kv L_k d_v"],
-    keep: np.ndarray | None = None,
+    keep: Any = None,
     bias: Any = None,
     *,
     causal: bool = False,

@@ -4,6 +4,7 @@ All of them are $\hat x=g\,(x-\mu)/\sqrt{s^2+\varepsilon_0}+b$; they differ in w
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from jaxtyping import Float
@@ -80,7 +81,8 @@ def group_norm(
     _check("group_norm", X, g, b, X.ndim, "(B, C, ...)")
     require_positive(n_groups, "group_norm", "n_groups", integer=True)
     require(X.shape[1] % n_groups == 0, "group_norm", "n_groups", f"a divisor of C = {X.shape[1]}", n_groups)
-    grouped = X.reshape(X.shape[0], n_groups, -1)  # (B, G, C / G * places)
+    in_group = prod(X.shape[1:]) // n_groups
+    grouped = X.reshape(X.shape[0], n_groups, in_group)  # (B, G, C / G * places)
     return _affine(_normalise(grouped, (2,), eps).reshape(X.shape), g, b)
 
 

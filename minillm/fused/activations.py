@@ -129,38 +129,35 @@ def gelu(x: np.ndarray):
 def gelu_tanh(x: np.ndarray):
     r"""The approximation of GELU by a hyperbolic tangent.
 
-    With $t=\tanh u$ and $u=c(x+ax^3)$: $\bar x=\bar y\,\frac12\big(1+t+x(1-t^2)\,c(1+3ax^2)\big)$.
+    With $\frac12(1+\tanh u)=\sigma(2u)$, which loses nothing where the two terms cancel, and $u=c(x+ax^3)$:
+    $y=x\,\sigma$ and $\bar x=\bar y\,\big(\sigma+x\,\sigma(1-\sigma)\,2c(1+3ax^2)\big)$.
 
     Equation: `gelu-tanh` $\frac x2\big(1+\tanh(c(x+ax^3))\big)$, $c=\sqrt{2/\pi}$, $a=0.044715$
-    Shapes: any -> the same; keeps x and t.
+    Shapes: any -> the same; keeps x and $\sigma(2u)$.
     Source: notes §8.6.
     """
-    c, a = np.sqrt(2 / np.pi).item(), 0.044715
+    c, a = 2 * np.sqrt(2 / np.pi).item(), 0.044715
     z = x.reshape(-1)
-    y, t = scratch.empty(z.shape, x.dtype), scratch.empty(z.shape, x.dtype)
+    y, sigma = scratch.empty(z.shape, x.dtype), scratch.empty(z.shape, x.dtype)
     chunks = row_chunks(z.size, 1)
     for part in chunks:
-        u = np.multiply(z[part], z[part], out=t[part])
+        u = np.multiply(z[part], z[part], out=y[part])
         u *= a * c
         u += c
         u *= z[part]
-        np.tanh(u, out=u)
-        np.add(u, 1, out=y[part])
-        y[part] *= z[part]
-        y[part] *= 0.5
+        _sigmoid(u, out=sigma[part])
+        np.multiply(z[part], sigma[part], out=y[part])
 
     def vjp(dy):
         dy, dx = dy.reshape(-1), scratch.empty(z.shape, x.dtype)
         for part in chunks:
-            d, slope = np.multiply(z[part], z[part], out=dx[part]), np.multiply(t[part], t[part])
+            d, slope = np.multiply(z[part], z[part], out=dx[part]), np.subtract(1, sigma[part])
+            slope *= sigma[part]
             d *= 3 * a * c
             d += c
-            np.subtract(1, slope, out=slope)
             d *= slope  # before the third power of x, which would overflow where the slope is 0
             d *= z[part]
-            d += t[part]
-            d += 1
-            d *= 0.5
+            d += sigma[part]
             d *= dy[part]
         return dx.reshape(x.shape)
 

@@ -178,6 +178,32 @@ def score_of(verdicts: list[Verdict], known: dict) -> dict:
     }
 
 
+def survivors_of(score: dict, only: str = "") -> list[tuple[str, Mutant]]:
+    """The survivors of an earlier run that still exist."""
+    keys = {(s["path"], s["function"], s["original"], s["mutated"]) for s in score["survivors"]}
+    return [(area, mutant) for area, mutant in collect(only) if mutant.key in keys]
+
+
+def updated(score: dict, verdicts: list[Verdict], known: dict) -> dict:
+    """An earlier score after its survivors were judged again: some are killed now, some are known to change nothing."""
+    judged = {v.mutant.key: v for v in verdicts}
+    left = []
+    for s in score["survivors"]:
+        key = (s["path"], s["function"], s["original"], s["mutated"])
+        area = next(a for a, patterns in AREAS.items() if any(Path(s["path"]).match(pattern) for pattern in patterns))
+        if key in known:
+            score["areas"][area]["equivalent"] += 1
+        elif key not in judged:  # the code has changed: what is gone is not counted
+            score["areas"][area]["mutants"] -= 1
+        elif judged[key].killed_by:
+            score["areas"][area]["killed"] += 1
+        else:
+            left.append(s | {"line": judged[key].mutant.line})
+    counted = sum(a["mutants"] - a["equivalent"] for a in score["areas"].values())
+    killed = sum(a["killed"] for a in score["areas"].values())
+    return score | {"mutants": counted, "killed": killed, "score": killed / counted, "survivors": left}
+
+
 def as_markdown(score: dict) -> str:
     """The score as a page."""
     lines = [
@@ -211,6 +237,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="PART", help="only files whose path contains PART")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--at-least", type=float, default=WANTED, help=f"the score that passes (default: {WANTED})")
+    parser.add_argument(
+        "--again", action="store_true", help="judge the survivors of SCORE.json again, update the score"
+    )
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     parser.add_argument("--json", action="store_true", help="the score as JSON on standard output")
     parser.add_argument("--verbose", action="store_true", help="say for every mutant what killed it")
@@ -220,7 +249,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run, report, and return 0 if the score is high enough."""
     args = parse(argv)
-    chosen = collect(args.only)
+    before = json.loads((HERE / "SCORE.json").read_text()) if args.again else None
+    chosen = survivors_of(before, args.only) if before else collect(args.only)
+    if before:
+        chosen = [c for c in chosen if c[1].key not in equivalents()]
     if args.sample is not None and args.sample < len(chosen):
         picked = set(random.Random(args.seed).sample(range(len(chosen)), args.sample))
         chosen = [c for i, c in enumerate(chosen) if i in picked]
@@ -236,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{v.mutant.path}:{v.mutant.line}: {change}: {v.killed_by or 'SURVIVED'} ({v.seconds:.1f} s)",
                 file=sys.stderr,
             )
-    score = score_of(verdicts, equivalents())
+    score = updated(before, verdicts, equivalents()) if before else score_of(verdicts, equivalents())
     page = as_markdown(score)
     if args.sample is None and not args.only:
         (HERE / "SCORE.md").write_text(page)

@@ -16,9 +16,7 @@ from minillm.training.step import BatchThreads
 def make_step(case: Case, threads: int) -> Iterator[Callable[[], float]]:
     """A training step on one fixed random batch."""
     rng = np.random.default_rng(0)
-    config = Config(
-        case.vocab_size, case.d_model, case.n_layers, case.n_heads, d_ff=case.d_ff, context=case.length
-    )
+    config = Config(case.vocab_size, case.d_model, case.n_layers, case.n_heads, d_ff=case.d_ff, context=case.length)
     model = Decoder(config, rng)
     parameters = model.parameters()
     optimiser = AdamW(parameters, LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY)
