@@ -40,7 +40,7 @@ from minillm.functional import monte_carlo as mc
 from minillm.functional import variational
 from minillm.functional.softmax import log_softmax, softmax
 from minillm.fused.losses import cross_entropy
-from minillm.plotting import BLUE, GREEN, ORANGE, PURPLE, VERMILION, use_style
+from minillm.plotting import BLUE, VERMILION, use_style
 
 use_style()
 LONG = os.environ.get("LESSON_LONG") == "1"  # ten times the samples

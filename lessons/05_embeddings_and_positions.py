@@ -43,7 +43,7 @@ from minillm.fused.softmax import token_logprobs
 from minillm.models import Config, Decoder
 from minillm.nn.positions import make_positions
 from minillm.optim import AdamW
-from minillm.plotting import BLUE, CYCLE, GREEN, ORANGE, PURPLE, VERMILION, use_style
+from minillm.plotting import BLUE, CYCLE, GREEN, PURPLE, VERMILION, use_style
 
 use_style()
 LONG = os.environ.get("LESSON_LONG") == "1"  # three seeds instead of one in the last experiment, some minutes

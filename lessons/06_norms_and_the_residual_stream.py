@@ -36,7 +36,7 @@ from minillm.autograd import Tensor, grad, gradcheck
 from minillm.functional import batch_norms as bn
 from minillm.functional.norms import layer_norm, rms_norm, split_mean_shift
 from minillm.nn.depth_experiments import PLACEMENTS, last_layer_gradient, stream_variance, warmup_trial
-from minillm.plotting import BLUE, GREEN, ORANGE, SKY, VERMILION, use_style
+from minillm.plotting import BLUE, GREEN, VERMILION, use_style
 
 use_style()
 LONG = os.environ.get("LESSON_LONG") == "1"  # more seeds and deeper stacks, some minutes

@@ -38,7 +38,7 @@ from minillm.functional.activations import gelu, gelu_tanh, swiglu
 from minillm.fused.losses import cross_entropy
 from minillm.nn.ffn import FeedForward
 from minillm.optim import AdamW
-from minillm.plotting import BLUE, CYCLE, GREEN, ORANGE, PURPLE, SKY, VERMILION, use_style
+from minillm.plotting import BLUE, GREEN, ORANGE, SKY, VERMILION, use_style
 
 use_style()
 LONG = os.environ.get("LESSON_LONG") == "1"  # more seeds in the last experiment, some minutes

@@ -82,6 +82,7 @@ def differentiable(function: Any) -> bool:
 
 # Public functions that return tensors and have no row, each with its reason.
 NO_ROW = {
+    "minillm.functional.feature_maps.feature_map": "looks a registered function up by its name",
     "minillm.functional.activation_family.activation": "looks a registered function up by its name",
     "minillm.fused.attention.cached_attention": "decoding only; refuses to be differentiated",
     "minillm.fused.latent_attention.cached_latent_attention": "decoding only; refuses to be differentiated",

@@ -30,12 +30,17 @@ def _example_one(rng):
 
 def _example_gains(rng):
     (x, attend, feed, g), _ = _example_one(rng)
-    return (x, attend, feed, g, rng.normal(), rng.normal()), {}
+    return (x, attend, feed, g, np.array(rng.normal()), np.array(rng.normal())), {}
 
 
 @written("pre_ln_block", example=_example_two)
 def pre_ln_block(
-    x: Float[Tensor, "B L d"], attend: Branch, feed: Branch, g_1: Tensor, g_2: Tensor, eps: float = 1e-6
+    x: Float[Tensor, "B L d"],
+    attend: Branch,
+    feed: Branch,
+    g_1: Float[Tensor, " d"],
+    g_2: Float[Tensor, " d"],
+    eps: float = 1e-6,
 ) -> Float[Tensor, "B L d"]:
     r"""Each branch reads the normalised stream and adds to the stream itself.
 
@@ -50,7 +55,12 @@ def pre_ln_block(
 
 @written("post_ln_block", example=_example_two)
 def post_ln_block(
-    x: Float[Tensor, "B L d"], attend: Branch, feed: Branch, g_1: Tensor, g_2: Tensor, eps: float = 1e-6
+    x: Float[Tensor, "B L d"],
+    attend: Branch,
+    feed: Branch,
+    g_1: Float[Tensor, " d"],
+    g_2: Float[Tensor, " d"],
+    eps: float = 1e-6,
 ) -> Float[Tensor, "B L d"]:
     r"""The sum of stream and branch is normalised.
 
@@ -65,7 +75,7 @@ def post_ln_block(
 
 @written("parallel_block", example=_example_one)
 def parallel_block(
-    x: Float[Tensor, "B L d"], attend: Branch, feed: Branch, g: Tensor, eps: float = 1e-6
+    x: Float[Tensor, "B L d"], attend: Branch, feed: Branch, g: Float[Tensor, " d"], eps: float = 1e-6
 ) -> Float[Tensor, "B L d"]:
     r"""Both branches read the same normalised stream; one addition.
 
@@ -80,7 +90,7 @@ def parallel_block(
 
 @written("parallel_block_scaled", example=_example_one)
 def parallel_block_scaled(
-    x: Float[Tensor, "B L d"], attend: Branch, feed: Branch, g: Tensor, eps: float = 1e-6
+    x: Float[Tensor, "B L d"], attend: Branch, feed: Branch, g: Float[Tensor, " d"], eps: float = 1e-6
 ) -> Float[Tensor, "B L d"]:
     r"""The parallel block with the sum of its branches over the root of 2.
 
@@ -99,7 +109,7 @@ def parallel_block_gains(
     x: Float[Tensor, "B L d"],
     attend: Branch,
     feed: Branch,
-    g: Tensor,
+    g: Float[Tensor, " d"],
     alpha_attn: Float[Tensor, ""],
     alpha_ffn: Float[Tensor, ""],
     eps: float = 1e-6,
@@ -128,9 +138,9 @@ def decoder_block_cross(
     attend: Branch,
     cross: Callable[[Tensor, Tensor], Tensor],
     feed: Branch,
-    g_1: Tensor,
-    g_2: Tensor,
-    g_3: Tensor,
+    g_1: Float[Tensor, " d"],
+    g_2: Float[Tensor, " d"],
+    g_3: Float[Tensor, " d"],
     eps: float = 1e-6,
 ) -> Float[Tensor, "B L d"]:
     r"""Masked self-attention, attention to the encoder's output, feed-forward network.

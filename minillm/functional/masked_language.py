@@ -70,15 +70,14 @@ def mlm_loss(
 
     Equation: `mlm-loss` $-\frac1{|\mathcal M|}\sum_{t\in\mathcal M}\log p_\theta(x_t\mid\tilde{\mathbf x})$
     Shapes: logits (B, L, V), ids (B, L), chosen (B, L) -> ()
-    Raises: ValueError for shapes that do not match, or no chosen token.
+    Raises: ValueError for shapes that do not match. Nothing chosen gives 0.
     Source: notes §8.1; Devlin et al. 2019, Liu et al. 2019.
     """
     ids, chosen = np.asarray(ids), np.asarray(chosen)
     for what, given in (("the ids", ids), ("chosen", chosen)):
         require(given.shape == logits.shape[:2], "mlm_loss", what, f"of shape {logits.shape[:2]}", given)
-    require(bool(chosen.any()), "mlm_loss", "chosen", "true somewhere", "no chosen token")
     logp = log_softmax(logits).gather(-1, ids[..., None])[..., 0]  # (B, L)
-    return -(logp * chosen.astype(logp.dtype)).sum() / float(chosen.sum())
+    return -(logp * chosen.astype(logp.dtype)).sum() / float(max(1, chosen.sum()))
 
 
 def _example_rtd(rng):
@@ -100,7 +99,7 @@ def replaced_token_loss(
 
     Equation: `replaced-token-detection` $-\sum_t[\mathbf 1_{\rm orig}\log\sigma(z_t)+\mathbf 1_{\rm repl}\log(1-\sigma(z_t))]$
     Shapes: z (B, L), replaced (B, L), real (B, L) -> ()
-    Raises: ValueError for shapes that do not match, an unknown reduction, or no real token.
+    Raises: ValueError for shapes that do not match or an unknown reduction. No real token gives 0.
     Source: notes §8.1; Clark et al. 2020.
     Differs: the mean over real tokens by default; ``reduction="sum"`` is the formula as it stands.
     """
@@ -108,8 +107,7 @@ def replaced_token_loss(
     real = np.ones(z.shape, bool) if real is None else np.asarray(real)
     for what, given in (("replaced", np.asarray(replaced)), ("real", real)):
         require(given.shape == z.shape, "replaced_token_loss", what, f"of shape {z.shape}", given)
-    require(bool(real.any()), "replaced_token_loss", "real", "true somewhere", "no real token")
     sign = np.where(replaced, 1.0, -1.0).astype(z.dtype)
     losses = ops.logaddexp(z * sign, 0.0)  # -log sigma(z) = softplus(-z); -log(1 - sigma(z)) = softplus(z)
     total = (losses * real.astype(z.dtype)).sum()
-    return total / float(real.sum()) if reduction == "mean" else total
+    return total / float(max(1, real.sum())) if reduction == "mean" else total
