@@ -172,7 +172,6 @@ class Liar:
         (LookupDrafter(3), {"eos_id": 3}, IndexError, r"eos_id must be in \[0, 3\)"),
         (LookupDrafter(3), {"prompts": [[1], [1, 2]]}, ValueError, "all of one length"),
     ],
-    ids=str,
 )
 def test_bad_requests_and_lying_drafters_are_refused(drafter, options, error, words):
     options = {"prompts": np.zeros((1, 2), int), "max_new_tokens": 8, **options}

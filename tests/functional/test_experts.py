@@ -233,7 +233,9 @@ LAYER_BAD = [
 
 @pytest.mark.equation("moe-output")
 @pytest.mark.parametrize(("change", "words"), LAYER_BAD)
-@pytest.mark.parametrize("form", [experts.moe_output, experts.mixture_of_experts, fused_experts], ids=str)
+@pytest.mark.parametrize(
+    "form", [experts.moe_output, experts.mixture_of_experts, fused_experts], ids=["dense", "packed", "derived"]
+)
 def test_a_layer_refuses_what_does_not_fit(form, change, words):
     with pytest.raises(ValueError, match=words):
         form(*_layer(**change))
