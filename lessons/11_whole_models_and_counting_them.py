@@ -112,7 +112,7 @@ branch = samples * samples
 print("weights of 0, the identity:", np.array_equal(
     blocks.parallel_block_gains(x, lambda u: u * u, lambda u: u.tanh(), g, Tensor(np.zeros(1)), Tensor(np.zeros(1))).data, x.data))
 for rate in (0.0, 0.2, 0.5):
-    dropped = droppath(samples, branch, draw_kept(rng, len(samples.data), rate), rate).data
+    dropped = droppath(samples, branch, draw_kept((len(samples.data),), rate, rng), rate).data
     spread = ((dropped - samples.data) / branch.data).std()
     print(f"rate {rate}: the mean is kept {np.allclose(dropped.mean(0), (samples + branch).data[0], atol=0.05)}, spread of the factor {spread:.1f}")
 

@@ -46,6 +46,19 @@ def test_the_inverted_form_estimates_something_else():
     assert under_q == pytest.approx(1.7478, abs=5e-5)
 
 
+@pytest.mark.equation("kl-estimator-k3-inverted", "chi2-divergence")
+def test_the_inverted_form_pulls_along_something_else():
+    """On own samples along half the gradient of chi-square, on the reference's along that of the forward divergence."""
+    _, under_p = mean_and_gradient(lambda lp: est.kl_estimator_k3_inverted(lp, LOG_Q), P)
+    _, under_q = mean_and_gradient(lambda lp: est.kl_estimator_k3_inverted(lp, LOG_Q), Q)
+    logits = Tensor(np.log(P), requires_grad=True)
+    chi2 = (log_softmax(logits).exp() ** 2 * (1 / Q)).sum() - 1.0
+    (slope,) = grad([chi2], [logits])
+    np.testing.assert_allclose(under_p, slope.data / 2, atol=1e-13)
+    np.testing.assert_allclose(under_q, FORWARD, atol=1e-14)
+    assert np.abs(under_p - REVERSE).max() > 0.1
+
+
 @pytest.mark.equation("kl-estimator-is")
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_on_old_samples_the_ratio_makes_value_and_gradient_right(kind):
