@@ -226,7 +226,7 @@ print("the decoder has not:", np.mean(curves["decoder"][-10:]) > 0.9 * np.log(11
 
 # %%
 SYMBOLS, PLACES, BEGIN = 6, 8, 6
-ROUNDS = 400 if LONG else 120
+ROUNDS = 400 if LONG else 100
 WAYS = {  # architecture, layers, and whether the answer is written behind the source
     "encoder labels": ("encoder", 2, False),
     "decoder labels": ("decoder", 2, False),
@@ -252,7 +252,7 @@ def learn(kind, layers, writes, seed=0):
     config = Config(7, 32, layers, 4, d_ff=64, context=16, positions="learned", init_std=0.15, architecture=kind)
     made = EncoderDecoder if kind == "encoder-decoder" else Transformer
     model, draws, right = made(config, np.random.default_rng(seed)), np.random.default_rng(seed + 1), []
-    optimiser, exam = AdamW(model.parameters(), lr=5e-3), np.random.default_rng(9).integers(SYMBOLS, size=(200, PLACES))
+    optimiser, exam = AdamW(model.parameters(), lr=5e-3), np.random.default_rng(9).integers(SYMBOLS, size=(100, PLACES))
     for step in range(ROUNDS):
         s = draws.integers(SYMBOLS, size=(32, PLACES))
         loss = cross_entropy(answers(model, s, s[:, ::-1], writes), s[:, ::-1])
@@ -314,7 +314,8 @@ H = rng.normal(size=(1, 3, 4))
 padded, real = np.concatenate([H, 9 * np.ones((1, 2, 4))], axis=1), np.array([[True, True, True, False, False]])
 alone = mean_pooling(Tensor(H)).data
 print("first token, padded or not:", np.array_equal(cls_pooling(Tensor(H)).data, cls_pooling(Tensor(padded)).data))
-print("mean with a mask:", np.allclose(mean_pooling(Tensor(padded), real).data, alone), " without:", np.allclose(mean_pooling(Tensor(padded)).data, alone))
+for title, mask in (("with a mask", real), ("without", None)):
+    print(f"mean {title}:", np.allclose(mean_pooling(Tensor(padded), mask).data, alone))
 
 # %% [markdown]
 # ### Exercise 1: the decoder's input
@@ -390,7 +391,7 @@ for family in FAMILIES:
     print(f"{family:7} formula {counting.count_model(config).total:7,}  live {live:7,}")
 
 dice, differing = np.random.default_rng(5), 0
-for _ in range(60):
+for _ in range(40):
     choices = {
         name: options[dice.integers(len(options))]
         for name, options in {
@@ -409,7 +410,7 @@ for _ in range(60):
     config = Config(int(dice.integers(5, 60)), 16, int(dice.integers(1, 4)), 4, context=12, **choices)
     kind = EncoderDecoder if config.architecture == "encoder-decoder" else Transformer
     differing += kind(config, dice).count_parameters() != counting.count_model(config).total
-print(f"60 random configurations, of which {differing} are miscounted")
+print(f"40 random configurations, of which {differing} are miscounted")
 
 # %% [markdown]
 # So large ones may be counted without being made. With experts, what a token *uses* is much less than what is held (`count-moe`); and
@@ -496,7 +497,8 @@ print("the parts add up:", all(np.isclose(t, costs.forward_flops(m, 1, int(L)) /
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
 left.stackplot(lengths, [100 * w / total for w in work.values()], labels=work, colors=[BLUE, SKY, ORANGE, VERMILION])
-left.set(xscale="log", xlim=(lengths[0], lengths[-1]), ylim=(0, 100), xlabel="length of the text", ylabel="% of operations", title="LLaMA 7B: operations a token")
+left.set(xscale="log", xlim=(lengths[0], lengths[-1]), ylim=(0, 100), xlabel="length of the text", ylabel="% of operations")
+left.set_title("LLaMA 7B: operations a token")
 left.legend(loc="lower left", frameon=True)
 for name, colour in (("LLaMA 7B", VERMILION), ("LLaMA-2 70B", PURPLE), ("LLaMA-3 8B", GREEN)):
     model = LLAMA[name].config
@@ -540,7 +542,8 @@ print({method: round(value, 2) for method, value in table.items()})
 
 # %% [markdown]
 # **Erratum 83.** GRPO is said to save half of memory *and* of compute. Memory: nearly, or half where rules give the reward. Operations, in
-# $P$ a token of answer: reading or sampling 2, training 6. A critic saved is 8 saved; but each prompt is answered $G$ times.
+# $P$ a token of answer: reading or sampling 2, training 6. Without a critic, 8 of 20 are saved on an answer; but a prompt gets $G$
+# answers, and GRPO needs at least two of them, for it compares them.
 
 # %%
 print(f"memory: {100 * (1 - table['grpo'] / table['ppo']):.0f} % less, {100 * (1 - table['grpo-rule'] / table['ppo']):.0f} % with rules")
