@@ -6,7 +6,7 @@ stand anywhere among them, some bytes may have no id at all, and the cut into pi
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int
@@ -113,7 +113,9 @@ class PretrainedBPE(Tokenizer):
     def _spell(self, ids: Int[np.ndarray, " L"]) -> bytes:
         return b"".join([self._spelling[i] for i in ids])
 
-    def decode(self, ids: Iterable[int] | np.ndarray, *, errors: str = "replace", skip_special: bool = True) -> str:
+    def decode(
+        self, ids: Iterable[SupportsIndex] | np.ndarray, *, errors: str = "replace", skip_special: bool = True
+    ) -> str:
         """The text that the ids spell; with ``skip_special=False`` special tokens show as their texts."""
         if skip_special:
             return self.decode_bytes(ids).decode("utf-8", errors)

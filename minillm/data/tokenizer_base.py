@@ -3,7 +3,7 @@ r"""What every tokenizer has: ids, special tokens, encoding and decoding, files.
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int
@@ -91,7 +91,7 @@ class Tokenizer(ABC):
         back = [self._required_special("eos")] if eos else []
         return np.concatenate([np.array(front, np.int64), ids, np.array(back, np.int64)])
 
-    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex] | np.ndarray) -> bytes:
         """The exact bytes that the ids spell; special tokens spell none.
 
         Raises: IndexError for ids outside [0, vocab_size), TypeError for ids that are not integers.
@@ -99,7 +99,9 @@ class Tokenizer(ABC):
         ids = self._checked(ids)
         return self._spell(ids[ids < self.n_ordinary])
 
-    def decode(self, ids: Iterable[int] | np.ndarray, *, errors: str = "replace", skip_special: bool = True) -> str:
+    def decode(
+        self, ids: Iterable[SupportsIndex] | np.ndarray, *, errors: str = "replace", skip_special: bool = True
+    ) -> str:
         """The text that the ids spell.
 
         Any sequence of ids is allowed, so the bytes need not be whole characters (one emoji may be several tokens);
@@ -116,7 +118,7 @@ class Tokenizer(ABC):
             start = place + 1
         return "".join(parts) + self._spell(ids[start:]).decode("utf-8", errors)
 
-    def _checked(self, ids: Iterable[int] | np.ndarray) -> Int[np.ndarray, " L"]:
+    def _checked(self, ids: Iterable[SupportsIndex] | np.ndarray) -> Int[np.ndarray, " L"]:
         where = f"{type(self).__name__}.decode"
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
         if ids.size == 0:
