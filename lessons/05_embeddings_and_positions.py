@@ -219,7 +219,7 @@ for h, slope in enumerate(relative.alibi_slopes(8)):
 panels[0].set(xlabel="distance", ylabel="added to the score", title="ALiBi: eight slopes", ylim=(-33, 1))
 panels[0].legend()
 panels[1].step(np.arange(200), relative.relative_bucket(np.arange(200)), where="post", color=VERMILION)
-panels[1].set(xlabel="distance", ylabel="bucket", title="T5: 32 buckets, the last from 128 on", yticks=[0, 8, 16, 24, 31])
+panels[1].set(xlabel="distance", ylabel="bucket", title="T5: 32 buckets, the last from 113 on", yticks=[0, 8, 16, 24, 31])
 plt.show()
 print("slopes of 8 heads:", relative.alibi_slopes(8))
 far = np.array([0, 1, 15, 16, 31, 64, 127, 128, 5000])

@@ -160,9 +160,14 @@ print("what a constant bias would have to be, token by token:")
 print(np.round(from_mean.data, 1))
 
 # %% [markdown]
-# And the length: RMSNorm makes the root mean square 1, so the *norm* of a row of 5120 is $\sqrt{5120}$ and not 1, as a slide has it.
+# Two slips that numbers settle. A source divides by $\sqrt{s+\varepsilon_0}$, the root of the standard deviation (erratum 10). And
+# RMSNorm makes the root mean square 1, so the *length* of a row of 5120 is $\sqrt{5120}$ and not 1, as a slide has it (erratum 11).
 
 # %%
+wide = 10 * rng.normal(size=(200, 256))
+right = layer_norm(Tensor(wide), Tensor(np.ones(256)), Tensor(np.zeros(256))).data
+slip = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.std(-1, keepdims=True) + 1e-5)
+print(f"spread 10 becomes {right.std():.2f} with the root of the variance, {slip.std():.2f} with the root of the deviation")
 row = rms_norm(Tensor(rng.normal(size=5120) * 7), Tensor(np.ones(5120)), 0.0).data
 print(f"root mean square {np.sqrt((row**2).mean()):.3f}, length {np.linalg.norm(row):.3f}")
 for kind in ("layernorm", "rmsnorm"):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minillm.autograd import Tensor, grad
-from minillm.checks import require_one_of, require_positive
+from minillm.checks import require, require_one_of, require_positive
 from minillm.fused.losses import cross_entropy
 from minillm.nn.module import Module, parameter
 from minillm.nn.norms import LayerNorm
@@ -127,6 +127,7 @@ def warmup_trial(
     """
     require_positive(steps, "warmup_trial", "steps", integer=True)
     require_positive(warmup, "warmup_trial", "warmup", integer=True)
+    require(warmup <= steps, "warmup_trial", "warmup", f"at most steps = {steps}", warmup)
     curves = []
     for ramp in (1, warmup):
         rng = np.random.default_rng(seed)

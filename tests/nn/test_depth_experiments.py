@@ -48,6 +48,7 @@ def test_only_the_norm_after_needs_warm_up_here():
         (lambda rng: deep.ResidualStack(0, 4, 2, "pre", rng), "ResidualStack: depth must be a positive integer, got 0"),
         (lambda rng: deep.warmup_trial("pre", 0, steps=0), "warmup_trial: steps must be a positive integer, got 0"),
         (lambda rng: deep.warmup_trial("pre", 0, warmup=0), "warmup_trial: warmup must be a positive integer, got 0"),
+        (lambda rng: deep.warmup_trial("pre", 0, steps=5, warmup=6), "warmup_trial: warmup must be at most steps = 5, got 6"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(call, message):
