@@ -9,7 +9,8 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,10 @@ class Build:
     """One kernel at one configuration, and what is expected of the result.
 
     ``expected_bytes`` is what one program moves in 16-byte pieces, (read, written), as `traffic.py` of the
-    family predicts; None where nothing may move in 16-byte pieces (unaligned builds).
+    family predicts; None where nothing may move in 16-byte pieces (unaligned builds) or where nobody counts.
+    ``targets`` limits the build to some architectures (None: all), for tile sizes that differ between them.
+    ``expect`` takes what came out and the target, and returns further faults in words: instruction counts
+    as closed forms of the tile sizes, say.
     """
 
     function: Any
@@ -74,11 +78,18 @@ class Build:
     warps: int
     expected_bytes: tuple[int, int] | None = None
     aligned: bool = True
+    stages: int = 1
+    targets: Sequence[str] | None = None
+    expect: Callable[["Compiled", str], list[str]] | None = None
 
     @property
     def kernel(self) -> str:
         """The kernel's name."""
         return self.function.fn.__name__
+
+    def is_for(self, target: str) -> bool:
+        """Whether this build is shipped for ``target``."""
+        return self.targets is None or target in self.targets
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,10 @@ class Compiled:
     threads: int
     short_offsets: int
     assembly: str = field(repr=False)
+    instructions: Counter = field(default_factory=Counter, repr=False)  # by family: HGMMA, MUFU.EX2, UTMALDG, mfma
+    ttir: str = field(default="", repr=False)
+    ttgir: str = field(default="", repr=False)
+    register_a: int = 0  # asynchronous matrix products whose left factor comes from registers
 
     @property
     def bytes_16(self) -> tuple[int, int]:
@@ -104,12 +119,12 @@ class Compiled:
 
 
 def compile_builds(builds: Sequence[Build], target: str) -> Iterator[Compiled]:
-    """Compile builds for one target and read the results, in order.
+    """Compile builds for one target and read the results, in order. Builds of other targets are left out.
 
     Starting the disassembler costs more than a compilation, so all kernels of a call go through it at once.
     """
     machine = TARGETS[target]
-    results = [_compile(build, machine) for build in builds]
+    results = [_compile(build, machine) for build in builds if build.is_for(target)]
     threads = [result.metadata.num_warps * machine.warp_size for result in results]
     if machine.backend == "hip":
         for result, count in zip(results, threads):
@@ -135,7 +150,7 @@ def _compile(build: Build, machine: GPUTarget) -> Any:
         constexprs={name: a.value for name, a in build.arguments.items() if a.kind == "constexpr"},
         attrs={(i,): [["tt.divisibility", 16]] for i, a in enumerate(build.arguments.values()) if a.aligned},
     )
-    options = {"num_warps": build.warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=machine, options=options)
 
 
@@ -187,4 +202,6 @@ def _compiled(result: Any, counts: sass.Counts, used: Mapping[str, int], threads
         **used, shared=result.metadata.shared, tensor_core=counts.tensor_core, atomics=counts.atomics,
         doubles=counts.doubles, memory=counts.memory, threads=threads,
         short_offsets=sass.short_offsets(result.asm["ttir"]), assembly=listing,
+        instructions=counts.instructions, ttir=result.asm["ttir"], ttgir=result.asm["ttgir"],
+        register_a=sass.register_operands(result.asm["ttgir"]),
     )  # fmt: skip

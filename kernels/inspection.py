@@ -17,11 +17,15 @@ def inspect(
     builds = registry.load_part(family, "builds").builds(thorough)
     rows = []
     with tqdm(
-        total=len(builds) * len(targets), file=sys.stderr, disable=None if progress else True, leave=False
+        total=sum(build.is_for(target) for build in builds for target in targets),
+        file=sys.stderr,
+        disable=None if progress else True,
+        leave=False,
     ) as bar:
         for target in targets:
             bar.set_description(f"{family} {target}")
-            for build, compiled in zip(builds, compile_builds(builds, target)):
+            wanted = [build for build in builds if build.is_for(target)]
+            for build, compiled in zip(wanted, compile_builds(wanted, target)):
                 rows.append(row(family, build, compiled, target))
                 bar.update()
     return rows
@@ -65,6 +69,8 @@ def faults(build: Build, compiled: Compiled, target: str) -> list[str]:
                 found.append("has no wide loads")
         elif compiled.bytes_16 != build.expected_bytes:
             found.append(f"moves {compiled.bytes_16} bytes in 16-byte pieces, traffic.py says {build.expected_bytes}")
+    if build.expect is not None:
+        found += build.expect(compiled, target)
     return found
 
 

@@ -25,8 +25,10 @@ class Counts:
     tensor_core: int
     atomics: int
     doubles: int
+    instructions: Counter = field(default_factory=Counter)
 
 
+TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
 _CUDA_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+\S")
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]\w+)", re.MULTILINE)
@@ -44,6 +46,12 @@ def _cuda_width(opcode: str) -> int:
     return 32
 
 
+def _cuda_family(opcode: str) -> str:
+    """An instruction's name without its details; a special function (MUFU) keeps which one it is."""
+    first, *rest = opcode.split(".")
+    return f"MUFU.{rest[0]}" if first == "MUFU" and rest else first
+
+
 def count_cuda(listing: str) -> Counts:
     """Count a listing of nvdisasm.
 
@@ -57,9 +65,12 @@ def count_cuda(listing: str) -> Counts:
     return Counts(
         MemoryCounts(reads, writes),
         spills=sum(b in ("STL", "LDL") for b in base),
-        tensor_core=sum(b in ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA") for b in base),
-        atomics=sum(b in ("ATOM", "ATOMG", "RED", "REDG") for b in base),
-        doubles=sum(b in ("DADD", "DMUL", "DFMA", "DSETP") for b in base),
+        tensor_core=sum(b in TENSOR_CORE for b in base),
+        atomics=sum(b in ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG") for b in base),
+        doubles=sum(
+            b in ("DADD", "DMUL", "DFMA", "DSETP", "DMMA") or "F64" in o.split(".") for o, b in zip(opcodes, base)
+        ),
+        instructions=Counter(_cuda_family(opcode) for opcode in opcodes),
     )
 
 
@@ -69,6 +80,17 @@ _AMD_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short
 def _amd_width(opcode: str) -> int:
     parts = opcode.split("_")
     return next((bits for name, bits in _AMD_WIDTHS.items() if name in parts), 16)
+
+
+_AMD_SPECIAL = {"v_exp_f32": "MUFU.EX2", "v_log_f32": "MUFU.LG2", "v_rcp_f32": "MUFU.RCP",
+                "v_rsq_f32": "MUFU.RSQ", "v_sqrt_f32": "MUFU.SQRT"}  # fmt: skip
+
+
+def _amd_family(opcode: str) -> str:
+    """An instruction's name; the special functions by NVIDIA's names, so that one closed form serves all targets."""
+    if opcode.startswith(("v_mfma", "v_smfmac")):
+        return "mfma"
+    return _AMD_SPECIAL.get(opcode.removesuffix("_e32").removesuffix("_e64"), opcode)
 
 
 def count_amd(listing: str) -> Counts:
@@ -84,6 +106,7 @@ def count_amd(listing: str) -> Counts:
         tensor_core=sum(o.startswith(("v_mfma", "v_smfmac")) for o in opcodes),
         atomics=sum("atomic" in o for o in opcodes),
         doubles=sum(o.startswith("v_") and "_f64" in o and "_f64_i" not in o for o in opcodes),
+        instructions=Counter(_amd_family(opcode) for opcode in opcodes),
     )
 
 
@@ -121,6 +144,14 @@ def short_offsets(ttir: str) -> int:
     return len(
         re.findall(r"tt\.addptr [^\n]*(?:xi32>|, i32) loc|tt\.addptr [^\n]*(?:xi32>|, i32)$", ttir, re.MULTILINE)
     )
+
+
+def register_operands(ttgir: str) -> int:
+    """How many asynchronous matrix products (WGMMA) take their left factor from registers.
+
+    Assemblers before 13.3 may reuse those registers before they have been read.
+    """
+    return len(re.findall(r"ttng\.warp_group_dot [^\n]*? : tensor<", ttgir))
 
 
 def resource_usage(text: str) -> dict[str, int]:
