@@ -1,9 +1,11 @@
-"""`python -m kernels bench`: each kernel beside its peers, as a fraction of the copy rate of the same run.
+"""`python -m kernels bench`: each kernel beside its peers, as a fraction of the ceilings of the same run.
 
 Rules: one process, the same tensors; contenders take turns in every block, so that a change of clocks hits all;
-the second-level cache is flushed before every call, and the flush is long enough to hide the host's part of the
-launch; times come from GPU events; the median counts. A ratio is ours / peer: low is good. ``limit`` is the time
-that the compulsory bytes of the case take at the measured copy rate, and ``of_limit`` the share of it reached.
+the second-level cache is flushed before every call (where a case asks for it, as all that memory bounds do), and the
+flush is long enough to hide the host's part of the launch; times come from GPU events; the median counts. A ratio is
+ours / peer: low is good. ``limit`` is the time that the compulsory bytes of the case take at the measured copy rate,
+or its operations at the measured rate of a large bf16 matrix product, whichever is longer, and ``of_limit`` the
+share of it reached.
 """
 
 import json
@@ -25,6 +27,7 @@ from kernels import aot, registry
 RESULTS = Path(__file__).parent / "results"
 FLUSH_BYTES = 1 << 30
 COPY_BYTES = 1 << 30  # read, and as much written
+PRODUCT = 8192  # rows and columns of the matrices whose product is the other ceiling
 
 
 class WrongResults(RuntimeError):
@@ -33,12 +36,27 @@ class WrongResults(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: calls without arguments by contender (``ours`` among them), and what must move."""
+    """One thing to time: calls without arguments by contender (``ours`` among them), and what must move or be computed.
+
+    ``flush`` empties the cache before each call: right where memory is the bound, a waste where products are.
+    """
 
     name: str
     dtype: str
     bytes: int
     contenders: Mapping[str, Callable[[], Any]]
+    flops: int = 0
+    flush: bool = True
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What nothing on this machine goes beyond: calls that copy and multiply, with their bytes and operations."""
+
+    copy: Callable[[], Any]
+    copy_bytes: int
+    product: Callable[[], Any] | None = None
+    product_flops: int = 0
 
 
 class GpuClock:
@@ -47,12 +65,13 @@ class GpuClock:
     def __init__(self, device: str = "cuda"):
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def times(self, call: Callable[[], Any], repeats: int) -> list[float]:
+    def times(self, call: Callable[[], Any], repeats: int, flush: bool = True) -> list[float]:
         """Seconds of each of ``repeats`` calls."""
         events = []
         for _ in range(repeats):
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.flush.zero_()
+            if flush:
+                self.flush.zero_()
             start.record()
             call()
             stop.record()
@@ -64,8 +83,8 @@ class GpuClock:
 class WallClock:
     """Times calls on the host: for trying the machinery out where there is no GPU."""
 
-    def times(self, call: Callable[[], Any], repeats: int) -> list[float]:
-        """Seconds of each of ``repeats`` calls."""
+    def times(self, call: Callable[[], Any], repeats: int, flush: bool = True) -> list[float]:
+        """Seconds of each of ``repeats`` calls; there is no cache to flush."""
         found = []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -75,7 +94,7 @@ class WallClock:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], Any]], clock: Any, blocks: int, repeats: int
+    contenders: Mapping[str, Callable[[], Any]], clock: Any, blocks: int, repeats: int, flush: bool = True
 ) -> dict[str, list[float]]:
     """The median of every block for every contender; who goes first changes from block to block."""
     names = list(contenders)
@@ -84,22 +103,27 @@ def take_turns(
     medians: dict[str, list[float]] = {name: [] for name in names}
     for block in range(blocks):
         for name in names[block % len(names) :] + names[: block % len(names)]:
-            medians[name].append(statistics.median(clock.times(contenders[name], repeats)))
+            medians[name].append(statistics.median(clock.times(contenders[name], repeats, flush)))
     return medians
 
 
-def measure(family: str, case: Case, clock: Any, copy: Callable[[], Any], copy_bytes: int, device: str,
+def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str,
             blocks: int = 7, repeats: int = 9) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one case: one for every peer, or a single one without a peer."""
-    medians = take_turns({**case.contenders, "copy": copy}, clock, blocks, repeats)
+    contenders = {**case.contenders, "copy": ceilings.copy}
+    if case.flops and ceilings.product is not None:
+        contenders["product"] = ceilings.product
+    medians = take_turns(contenders, clock, blocks, repeats, case.flush)
     ours = statistics.median(medians["ours"])
-    rate = copy_bytes / statistics.median(medians["copy"])
-    limit = case.bytes / rate
+    rate = ceilings.copy_bytes / statistics.median(medians["copy"])
+    flop_rate = ceilings.product_flops / statistics.median(medians["product"]) if "product" in medians else None
+    limit = max(case.bytes / rate, case.flops / flop_rate if flop_rate else 0.0)
     rows = []
     for peer in [name for name in case.contenders if name != "ours"] or [None]:
         row = {"family": family, "case": case.name, "dtype": case.dtype, "ours_s": ours, "peer": peer,
                "peer_s": None, "ratio": None, "limit": limit, "of_limit": limit / ours, "device": device,
-               "bytes": case.bytes, "copy_bytes_per_s": rate, "peer_of_limit": None}  # fmt: skip
+               "bytes": case.bytes, "flops": case.flops, "copy_bytes_per_s": rate,
+               "product_flops_per_s": flop_rate, "peer_of_limit": None}  # fmt: skip
         if peer is not None:
             row["peer_s"] = statistics.median(medians[peer])
             row["ratio"] = statistics.median(a / b for a, b in zip(medians["ours"], medians[peer]))
@@ -108,23 +132,25 @@ def measure(family: str, case: Case, clock: Any, copy: Callable[[], Any], copy_b
     return rows
 
 
+def measured_ceilings(device: str, copy_bytes: int = COPY_BYTES, size: int = PRODUCT) -> Ceilings:
+    """The copy of a large buffer and the product of two large bf16 matrices, to be timed beside every case."""
+    source = torch.empty(copy_bytes, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return Ceilings(lambda: target.copy_(source), 2 * copy_bytes, lambda: a @ b, 2 * size**3)
+
+
 def bench(
     family: str, quick: bool = False, out: str | None = None, say: Callable[[str], None] = lambda text: None
 ) -> tuple[list[dict[str, Any]], Path]:
     """All cases of a family on this GPU; the rows, and the file they were written to."""
-    clock, device = GpuClock(), torch.cuda.get_device_name()
-    source = torch.empty(COPY_BYTES, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-
-    def copy():
-        return target.copy_(source)
-
+    clock, device, ceilings = GpuClock(), torch.cuda.get_device_name(), measured_ceilings("cuda")
     wrong = {name: count for name, count in registry.load_part(family, "witness").witnesses("cuda") if count}
     if wrong:  # nothing wrong is timed
         raise WrongResults(f"{family}: wrong results on {device}, ptxas {aot.assembler_version()}: {wrong}")
     rows = []
     for case in registry.load_part(family, "benchmark").cases("cuda", quick, say):
-        found = measure(family, case, clock, copy, 2 * COPY_BYTES, device, *((3, 5) if quick else (7, 9)))
+        found = measure(family, case, clock, ceilings, device, *((3, 5) if quick else (7, 9)))
         rows += found
         say(line(found[0]))
     return rows, write(rows, out or RESULTS / f"{family}_{slug(device)}.json")
@@ -175,9 +201,7 @@ def slug(name: str) -> str:
 def line(row: Mapping[str, Any]) -> str:
     """One row in words."""
     peer = f"  {row['ratio']:.2f} x {row['peer']}" if row.get("peer") else ""
-    share = (
-        f"  {row['of_limit']:.3f} of the copy rate" if "of_limit" in row else f"  {row['bytes_per_s'] / 1e12:.2f} TB/s"
-    )
+    share = f"  {row['of_limit']:.3f} of the limit" if "of_limit" in row else f"  {row['bytes_per_s'] / 1e12:.2f} TB/s"
     return f"{row['case']:<58}{row['dtype']:<10}{row['ours_s'] * 1e6:>9.1f} us{share}{peer}"
 
 

@@ -17,28 +17,55 @@ BORDER = 16  # elements of NaN on both sides; keeps a tensor aligned to 16 bytes
 
 @dataclass(frozen=True)
 class Problem:
-    """What a function of a family is called with, and the cotangents that are pulled back."""
+    """What a function of a family is called with, in this order, and the cotangents that are pulled back.
+
+    ``inputs`` are differentiable and of the problem's dtype, ``constants`` are further tensors with dtypes of their
+    own (ids, masks, numbers nobody differentiates; None for one that is absent), ``parameters`` anything else.
+    A cotangent of None belongs to an output without a gradient. ``dtypes`` names the inputs and results (`y`, `dx`)
+    whose dtype is not the problem's.
+    """
 
     function: str
     dtype: str
     inputs: Mapping[str, np.ndarray]
-    cotangents: Mapping[str, np.ndarray]
-    parameters: Mapping[str, float] = field(default_factory=dict)
+    cotangents: Mapping[str, Any]  # arrays, or None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
     launch: Any = None  # sizes forced on the launch, where a property varies them
     note: str = ""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of an input or a result."""
+        return self.dtypes.get(name, self.dtype)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {list(a.shape)}" for name, a in self.inputs.items())
-        parameters = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
+        constants = ", ".join(f"{name} {list(a.shape)}" for name, a in self.constants.items() if a is not None)
+        parameters = ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}"
+            for name, value in self.parameters.items()
+        )
         layouts = ", ".join(f"{name} {layout}" for name, layout in self.layouts.items() if layout != "contiguous")
-        details = [sizes, self.dtype, parameters, layouts, self.note, "" if self.launch is None else str(self.launch)]
+        details = [
+            sizes,
+            constants,
+            self.dtype,
+            parameters,
+            layouts,
+            self.note,
+            "" if self.launch is None else str(self.launch),
+        ]
         return f"{self.function}({'; '.join(detail for detail in details if detail)})"
 
     def show(self, limit: int = 64) -> str:
         """The case with its numbers, for somebody who has to find a bug with it."""
         lines = [repr(self)]
-        for name, array in {**self.inputs, **{f"d{key}": value for key, value in self.cotangents.items()}}.items():
+        seeds = {f"d{key}": value for key, value in self.cotangents.items()}
+        for name, array in {**self.inputs, **self.constants, **seeds}.items():
+            if array is None:
+                continue
             text = np.array2string(array, precision=8, threshold=limit, edgeitems=3, separator=", ", prefix=" " * 8)
             lines.append(f"  {name:>4} = {text}")
         return "\n".join(lines)
@@ -87,6 +114,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def stranger(dtype: torch.dtype) -> float | int | bool:
+    """A value that no tensor of a problem holds, for the memory around it: NaN, -99 for integers, true for masks."""
+    if dtype == torch.bool:
+        return True
+    return float("nan") if dtype.is_floating_point else -99
+
+
 @dataclass
 class Placed:
     """A tensor inside its guarded buffer, and what the buffer held at first."""
@@ -104,12 +138,12 @@ def mismatches(a: torch.Tensor, b: torch.Tensor) -> int:
     """How many elements differ in their bits (NaN equals the same NaN, 0 differs from -0)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(a.numel(), b.numel(), 1)
-    whole = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
     return int((a.contiguous().view(whole) != b.contiguous().view(whole)).sum())
 
 
 def place(array: np.ndarray, dtype: str, device: str, layout: str = "contiguous") -> Placed:
-    """A tensor with these values in this layout, between borders of NaN.
+    """A tensor with these values in this layout, between borders of NaN (of `stranger` where there is no NaN).
 
     The layouts "expanded" (one row, repeated without being stored again) and "constant" (one element, as the
     gradient of a sum has it) hold these values only if `conform` made them so.
@@ -118,11 +152,13 @@ def place(array: np.ndarray, dtype: str, device: str, layout: str = "contiguous"
 
     def new(shape: tuple[int, ...]) -> torch.Tensor:
         count = int(np.prod(shape))
-        buffer = torch.full((count + 2 * BORDER,), float("nan"), dtype=torch_dtype(dtype), device=device)
+        buffer = torch.full(
+            (count + 2 * BORDER,), stranger(torch_dtype(dtype)), dtype=torch_dtype(dtype), device=device
+        )
         held.append(buffer)
         return buffer[BORDER : BORDER + count].view(shape)
 
-    values = torch.from_numpy(np.ascontiguousarray(array)).to(torch_dtype(dtype))
+    values = torch.from_numpy(np.array(array, order="C")).to(torch_dtype(dtype))
     if layout in ("expanded", "constant") and array.size:
         first = values.reshape(-1, values.shape[-1])[0] if layout == "expanded" else values.reshape(-1)[:1]
         base = new(tuple(first.shape))

@@ -1,9 +1,10 @@
-"""The kernel families by name. Loading one imports triton; this module does not."""
+"""The kernel families by name: every folder here with a `family.py`. Loading one imports triton; this module does not."""
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
-FAMILIES = ("norm",)
+FAMILIES = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/family.py")))
 
 
 def load(family: str) -> ModuleType:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kernels.problem import Placed, Problem, mismatches, place
@@ -54,23 +55,39 @@ def execute(subject: Subject, problem: Problem, gradients: bool = True) -> Run:
     An input that the output does not depend on gets a gradient of zeros; where the subject has no gradient at
     all, every gradient is None.
     """
-    gradients = gradients and subject.differentiable
-    placed = {n: place(a, problem.dtype, subject.device, problem.layouts.get(n, "")) for n, a in problem.inputs.items()}
-    tensors = [p.tensor.detach().requires_grad_(gradients) for p in placed.values()]
-    outputs = subject.functions[problem.function](*tensors, *problem.parameters.values())
+    pulled_back = [name for name, cotangent in problem.cotangents.items() if cotangent is not None]
+    gradients = gradients and subject.differentiable and bool(pulled_back)
+    placed, constants = placed_operands(subject, problem)
+    tensors = [p.tensor.detach().requires_grad_(gradients) for p in placed]
+    held = [*placed, *(c for c in constants if c is not None)]
+    outputs = subject.functions[problem.function](
+        *tensors, *(None if c is None else c.tensor for c in constants), *problem.parameters.values()
+    )
     outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
     if len(outputs) != len(problem.cotangents) or not all(isinstance(o, torch.Tensor) for o in outputs):
         wanted, found = ", ".join(problem.cotangents), ", ".join(type(o).__name__ for o in outputs)
         raise TypeError(f"{problem.function} must return tensors ({wanted}), got ({found}).")
-    held = list(placed.values())
     if not gradients:
         return Run([o.detach() for o in outputs], [None] * len(tensors), held)
     seeds = [
-        place(a, problem.dtype, subject.device, problem.layouts.get("d" + n, "")) for n, a in problem.cotangents.items()
+        place(a, problem.dtype_of(n), subject.device, problem.layouts.get("d" + n, ""))
+        for n, a in problem.cotangents.items()
+        if a is not None
     ]
-    pulled = torch.autograd.grad(outputs, tensors, [s.tensor for s in seeds], allow_unused=True)
+    smooth = [o for n, o in zip(problem.cotangents, outputs) if n in pulled_back]
+    pulled = torch.autograd.grad(smooth, tensors, [s.tensor for s in seeds], allow_unused=True)
     found = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, pulled)]
     return Run([o.detach() for o in outputs], found, held + seeds)
+
+
+def placed_operands(subject: Subject, problem: Problem) -> tuple[list[Placed], list[Placed | None]]:
+    """The problem's inputs and constants in guarded buffers on the subject's device, in order."""
+
+    def put(name: str, array: np.ndarray, dtype: str) -> Placed:
+        return place(array, dtype, subject.device, problem.layouts.get(name, ""))
+
+    inputs = [put(name, a, problem.dtype_of(name)) for name, a in problem.inputs.items()]
+    return inputs, [None if a is None else put(name, a, a.dtype.name) for name, a in problem.constants.items()]
 
 
 def equal(name: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Verdict:
@@ -124,12 +141,14 @@ def _parameters(function: Callable) -> tuple[str, ...]:
 
 def has_gradient(subject: Subject, problem: Problem) -> bool:
     """Whether the function's outputs carry a gradient; a function that raises is left to the properties."""
-    placed = [place(a, problem.dtype, subject.device) for a in problem.inputs.values()]
+    placed, constants = placed_operands(subject, problem)
     try:
         outputs = subject.functions[problem.function](
-            *[p.tensor.detach().requires_grad_() for p in placed], *problem.parameters.values()
-        )
+            *[p.tensor.detach().requires_grad_() for p in placed],
+            *(None if c is None else c.tensor for c in constants), *problem.parameters.values(),
+        )  # fmt: skip
     except Exception:
         return True
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
-    return all(isinstance(o, torch.Tensor) and o.requires_grad for o in outputs)
+    smooth = [o for o, cotangent in zip(outputs, problem.cotangents.values()) if cotangent is not None]
+    return bool(smooth) and all(isinstance(o, torch.Tensor) and o.requires_grad for o in smooth)

@@ -93,43 +93,51 @@ def moved(array: np.ndarray, dtype: str, rng: np.random.Generator) -> np.ndarray
 def expect(
     function: Callable,
     inputs: Sequence[np.ndarray],
-    cotangents: Sequence[np.ndarray],
+    cotangents: Sequence[np.ndarray | None],
     dtype: str,
     names: Sequence[str],
     scales: Sequence[Scale],
     cast: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None,
+    constants: Sequence[np.ndarray | None] = (),
+    dtypes: Sequence[str] | None = None,
     **parameters: Any,
 ) -> list[Expectation]:
     """The truth and the allowance for every output and gradient of ``function``, in this order.
 
     ``cast`` changes the inputs of the low runs where the contract rounds an intermediate result to the
-    kernel's dtype, so that they lose what the kernel has to lose.
+    kernel's dtype, so that they lose what the kernel has to lose. ``dtypes`` gives the dtype of every result where
+    not all have ``dtype``; a result of integers or truth values must be equal.
     """
     cast = cast or (lambda arrays: arrays)
 
-    def run(precision: Any, arrays: Sequence[np.ndarray], seeds: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def run(precision: Any, arrays: Sequence[np.ndarray], seeds: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         with np.errstate(all="ignore"):
-            values, gradients = evaluate(function, arrays, seeds, precision, **parameters)
+            values, gradients = evaluate(function, arrays, seeds, precision, constants, **parameters)
         return [*values, *gradients]
 
-    truth = [t.astype(np.float64) for t in run(np.float64, inputs, cotangents)]
+    truth = run(np.float64, inputs, cotangents)
     rng = np.random.default_rng(0)
     lows = [run(np.float32, cast(list(inputs)), cotangents)]
     for _ in range(MOVES):
         nearby = cast([moved(a, "float32", rng) for a in inputs])
-        lows.append(run(np.float32, nearby, [moved(c, "float32", rng) for c in cotangents]))
+        lows.append(run(np.float32, nearby, [None if c is None else moved(c, "float32", rng) for c in cotangents]))
 
     expectations = []
     for index, (name, exact, scale) in enumerate(zip(names, truth, scales, strict=True)):
-        errors = [np.abs(rounded(low[index], dtype) - exact) for low in lows]
+        if exact.dtype.kind != "f":
+            expectations.append(Expectation(name, exact.astype(np.float64), np.zeros(()), 0.0))
+            continue
+        own = dtypes[index] if dtypes else dtype
+        errors = [_distance(rounded(low[index], own), exact) for low in lows]
+        size = np.where(np.isfinite(exact), np.abs(exact), 0.0)
         unit = (
             (lambda a, by_row=scale.by_row: a.max(-1, keepdims=True) if by_row else a.max()) if exact.size else np.sum
         )
         worst = np.max([unit(error) for error in errors], axis=0)
         order = SPACING["float32"] * np.asarray(scale.summand) * np.sqrt(scale.count)  # another order of summation
-        allowed = 2 * (worst + np.maximum(SPACING[dtype] * unit(np.abs(exact)), order) + SMALLEST[dtype])
-        relative = RELATIVE_RMS[dtype] * (np.sqrt(max(scale.count, 1)) if dtype == "float32" else 1.0)
-        rms = 2 * (max(_rms(error) for error in errors) + _rms(order) + SMALLEST[dtype]) + relative * _rms(exact)
+        allowed = 2 * (worst + np.maximum(SPACING[own] * unit(size), order) + SMALLEST[own])
+        relative = RELATIVE_RMS[own] * (np.sqrt(max(scale.count, 1)) if own == "float32" else 1.0)
+        rms = 2 * (max(_rms(error) for error in errors) + _rms(order) + SMALLEST[own]) + relative * _rms(size)
         expectations.append(Expectation(name, exact, allowed, rms))
     return expectations
 
@@ -144,9 +152,7 @@ def judge(actual: np.ndarray, expected: Expectation) -> Verdict:
         return Verdict(expected.name, np.inf, 0.0)
     if actual.size == 0:
         return Verdict(expected.name, 0.0, 0.0)
-    error = np.abs(actual - expected.truth)
-    same = (actual == expected.truth) | (np.isnan(actual) & np.isnan(expected.truth))
-    error = np.where(same, 0.0, np.where(np.isnan(error), np.inf, error))
+    error = _distance(actual, expected.truth)
     share = _share(error, np.broadcast_to(expected.allowed, error.shape))
     worst = np.unravel_index(int(np.argmax(share)), share.shape)
     entry = Verdict(expected.name, float(error[worst]), float(np.broadcast_to(expected.allowed, error.shape)[worst]))
@@ -156,8 +162,16 @@ def judge(actual: np.ndarray, expected: Expectation) -> Verdict:
 
 def error_map(actual: np.ndarray, expected: Expectation) -> np.ndarray:
     """|error| / allowed for every entry: 1 is the limit."""
-    error = np.abs(actual - expected.truth)
-    return _share(np.where(np.isnan(error), np.inf, error), np.broadcast_to(expected.allowed, error.shape))
+    error = _distance(actual, expected.truth)
+    return _share(error, np.broadcast_to(expected.allowed, error.shape))
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a - b|, 0 where both are the same infinity or both NaN, infinite where one of them is NaN."""
+    with np.errstate(invalid="ignore"):
+        error = np.abs(a - b)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    return np.where(same, 0.0, np.where(np.isnan(error), np.inf, error))
 
 
 def _share(error: np.ndarray, allowed: np.ndarray) -> np.ndarray:

@@ -9,28 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels import launching
+from kernels.launching import FUSED_MULTIPLY_ADD, multiprocessors, on, rows_of
 from kernels.norm import kernel as device_code
 from kernels.norm.config import SUM_TILE, BackwardPlan, Tile, backward_plan, forward_tile
 
 kernel: Any = device_code  # what triton.jit returns, no type checker follows
-INTERPRETED = not isinstance(kernel._forward_kernel, triton.JITFunction)
-FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # said aloud: Triton's default changes between versions
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Every buffer that the kernels write to is made here (the guard-zone check replaces this function)."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors share the backward's rows; one in the interpreter, which runs programs in turn."""
-    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """All axes but the last as one: a view where the strides allow it (expanded and sliced too), else a copy."""
-    d = tensor.shape[-1]
-    return tensor.reshape(tensor.shape[:-1].numel(), d)  # (n_rows, d)
 
 
 def forward(
@@ -42,10 +26,10 @@ def forward(
     """
     d, rows = x.shape[-1], rows_of(x)
     n_rows = len(rows)
-    y = empty(x.shape, x.dtype, x.device)
-    s = None if r is None else empty(x.shape, x.dtype, x.device)
-    mean = empty((n_rows,), torch.float32, x.device) if centred else None
-    rho = empty((n_rows,), torch.float32, x.device)
+    y = launching.empty(x.shape, x.dtype, x.device)
+    s = None if r is None else launching.empty(x.shape, x.dtype, x.device)
+    mean = launching.empty((n_rows,), torch.float32, x.device) if centred else None
+    rho = launching.empty((n_rows,), torch.float32, x.device)
     if x.numel() == 0:
         return y, s, mean, rho
     tile = tile or forward_tile(d)
@@ -55,7 +39,7 @@ def forward(
         n_rows, d, *rows.stride(), *((0, 0) if branch is None else branch.stride()),
         g.stride(0), 0 if b is None else b.stride(0), eps,
     )  # fmt: skip
-    with _on(x):
+    with on(x):
         if tile.covers(d):
             kernel._forward_kernel[(triton.cdiv(n_rows, tile.block_rows),)](
                 *arguments, CENTRED=centred, BLOCK_ROWS=tile.block_rows, BLOCK_D=tile.block_d,
@@ -79,9 +63,9 @@ def backward(
     """
     d, rows = x.shape[-1], rows_of(x)
     n_rows = len(rows)
-    dx = empty(x.shape, x.dtype, x.device)
-    dg = empty(g.shape, g.dtype, g.device)
-    db = None if shift_dtype is None else empty(g.shape, shift_dtype, g.device)
+    dx = launching.empty(x.shape, x.dtype, x.device)
+    dg = launching.empty(g.shape, g.dtype, g.device)
+    db = None if shift_dtype is None else launching.empty(g.shape, shift_dtype, g.device)
     if x.numel() == 0:
         return dx, dg.zero_(), None if db is None else db.zero_()
     if plan is None:
@@ -89,14 +73,14 @@ def backward(
             n_rows, d, x.element_size(), multiprocessors(x.device), centred=mean is not None, residual=ds is not None
         )
     tile = plan.tile
-    shares_g = empty((plan.programs, d), torch.float32, x.device)
-    shares_b = None if db is None else empty((plan.programs, d), torch.float32, x.device)
+    shares_g = launching.empty((plan.programs, d), torch.float32, x.device)
+    shares_b = None if db is None else launching.empty((plan.programs, d), torch.float32, x.device)
     dy_rows, ds_rows = rows_of(dy), None if ds is None else rows_of(ds)
     strides = (
         *dy_rows.stride(), *((0, 0) if ds_rows is None else ds_rows.stride()), *rows.stride(), g.stride(0),
     )  # fmt: skip
     launch = {"num_warps": tile.warps, "num_stages": 1, **FUSED_MULTIPLY_ADD}
-    with _on(x):
+    with on(x):
         if tile.covers(d):
             kernel._backward_kernel[(plan.programs,)](
                 dy_rows, ds_rows, rows, g, mean, rho, dx, shares_g, shares_b, n_rows, d, *strides,
@@ -105,8 +89,8 @@ def backward(
             )  # fmt: skip
         else:
             means = plan.means or tile
-            mean_gx = empty((n_rows,), torch.float32, x.device)
-            mean_g = None if mean is None else empty((n_rows,), torch.float32, x.device)
+            mean_gx = launching.empty((n_rows,), torch.float32, x.device)
+            mean_g = None if mean is None else launching.empty((n_rows,), torch.float32, x.device)
             kernel._backward_long_means_kernel[(n_rows,)](
                 dy_rows, rows, g, mean, rho, mean_gx, mean_g, n_rows, d, *strides[:2], *strides[4:],
                 CENTRED=mean is not None, BLOCK_D=means.block_d, **{**launch, "num_warps": means.warps},
@@ -121,21 +105,3 @@ def backward(
             num_warps=SUM_TILE.warps, num_stages=1, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     return dx, dg, db
-
-
-class _Nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return None
-
-
-_NOTHING = _Nothing()
-
-
-def _on(tensor: Tensor):
-    """Launch on the tensor's device; asking costs microseconds, so only where several devices exist."""
-    if INTERPRETED or torch.cuda.device_count() == 1:
-        return _NOTHING
-    return torch.cuda.device(tensor.device)

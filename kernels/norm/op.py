@@ -12,10 +12,9 @@ Gradients are of first order. Results are contiguous and have the dtype of x; gr
 import torch
 from torch import Tensor, nn
 
+from kernels.checks import check_floats
 from kernels.norm import launch
 from minillm.checks import require
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def rms_norm(x: Tensor, g: Tensor, eps: float = 1e-6) -> Tensor:
@@ -72,22 +71,7 @@ def add_layer_norm(x: Tensor, r: Tensor, g: Tensor, b: Tensor | None, eps: float
 def _check(where: str, x: Tensor, r: Tensor | None, g: Tensor, b: Tensor | None, eps: float) -> None:
     """Refuse what the kernels cannot take, before anything is launched."""
     require(x.ndim >= 1, where, "x", "of shape (..., d)", x)
-    given = [
-        (name, t) for name, t in (("x", x), ("the branch r", r), ("the gain g", g), ("the shift b", b)) if t is not None
-    ]
-    for name, tensor in given:
-        require(tensor.dtype in DTYPES, where, name, "float32, float16 or bfloat16", tensor, error=TypeError)
-        require(
-            tensor.dtype != torch.bfloat16 or not launch.INTERPRETED, where, name,
-            "float32 or float16 in the interpreter (TRITON_INTERPRET=1)", tensor, error=TypeError,
-            hint="Triton's interpreter computes with the bit patterns of bfloat16, so the numbers would be garbage; "
-            "bfloat16 needs a GPU.",
-        )  # fmt: skip
-        require(
-            tensor.device.type == "cuda" or launch.INTERPRETED, where, name, "on a GPU", f"a tensor on {tensor.device}",
-            hint="Set TRITON_INTERPRET=1 before triton is imported to run the kernels on a CPU, slowly.",
-        )  # fmt: skip
-        require(tensor.device == x.device, where, name, f"on x's device {x.device}", f"a tensor on {tensor.device}")
+    check_floats(where, (("x", x), ("the branch r", r), ("the gain g", g), ("the shift b", b)))
     d = x.shape[-1]
     if r is not None:
         require(r.shape == x.shape, where, "the branch r", f"of the stream's shape {tuple(x.shape)}", r)

@@ -5,19 +5,20 @@ same rule as the comparison itself (`kernels.tolerance`), or ask for equal bits 
 multiplying by a power of two, permuting rows, adding zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
+from kernels import universal
 from kernels.norm import launch, reference
 from kernels.norm import problems as p
-from kernels.problem import Problem, mismatches, to_array
+from kernels.problem import Problem, to_array
 from kernels.property import Property
 from kernels.subject import Run, Subject, equal, execute
-from kernels.tolerance import Expectation, Verdict, expect, judge, rounded
+from kernels.tolerance import Expectation, Verdict, expect, rounded
+from kernels.universal import changed, judged, within
 
 FUNCTIONS = tuple(p.OPERANDS)
 PLAIN, FUSED = FUNCTIONS[:2], FUNCTIONS[2:]
@@ -34,16 +35,6 @@ def expectations(problem: Problem) -> list[Expectation]:
     )  # fmt: skip
 
 
-def judged(problem: Problem, tensors: Sequence[torch.Tensor | None], expected: Sequence[Expectation]) -> list[Verdict]:
-    """A verdict for every tensor that exists."""
-    return [judge(to_array(t), e) for t, e in zip(tensors, expected) if t is not None]
-
-
-def changed(problem: Problem, cotangents: dict[str, np.ndarray] | None = None, **inputs: np.ndarray) -> Problem:
-    """The same problem with other values."""
-    return replace(problem, inputs={**problem.inputs, **inputs}, cotangents=cotangents or problem.cotangents)
-
-
 def _no_shift(problem: Problem) -> Problem:
     return changed(problem, b=np.zeros_like(problem.inputs["b"])) if "b" in problem.inputs else problem
 
@@ -56,16 +47,7 @@ def _allowed_y(problem: Problem) -> np.ndarray:
     return expectations(problem)[len(p.outputs_of(problem.function)) - 1].allowed
 
 
-# ---- against the reference
-
-
-def _values(subject: Subject, problem: Problem) -> list[Verdict]:
-    return judged(problem, execute(subject, problem, gradients=False).outputs, expectations(problem))
-
-
-def _gradients(subject: Subject, problem: Problem) -> list[Verdict]:
-    run = execute(subject, problem)
-    return judged(problem, run.gradients, expectations(problem)[len(run.outputs) :])
+# ---- against the reference, with other launches than ours
 
 
 def _any_launch(subject: Subject, problem: Problem) -> list[Verdict]:
@@ -96,7 +78,7 @@ def _any_launch(subject: Subject, problem: Problem) -> list[Verdict]:
 
     forced = replace(subject, functions={problem.function: lambda *a: function(*a[:-1])})
     run = execute(forced, problem)
-    return judged(problem, run.outputs + run.gradients, expectations(problem))
+    return judged(run.outputs + run.gradients, expectations(problem))
 
 
 # ---- relations
@@ -118,7 +100,7 @@ def _shifting(subject: Subject, problem: Problem) -> list[Verdict]:
     back = changed(problem, x=np.round(8 * problem.inputs["x"]) / 8)
     moved = changed(problem, x=back.inputs["x"] + 3.0)
     a, b = (to_array(_y(execute(subject, q, gradients=False))) for q in (moved, back))
-    return [_within("y", np.abs(a - b), _allowed_y(moved) + _allowed_y(back))]
+    return [within("y", np.abs(a - b), _allowed_y(moved) + _allowed_y(back))]
 
 
 def _unit(subject: Subject, problem: Problem) -> list[Verdict]:
@@ -126,9 +108,9 @@ def _unit(subject: Subject, problem: Problem) -> list[Verdict]:
     problem = _no_shift(changed(problem, g=np.ones_like(problem.inputs["g"])))
     y, allowed = to_array(_y(execute(subject, problem, gradients=False))), _allowed_y(problem)
     top = np.abs(y).max(-1, keepdims=True)
-    verdicts = [_within("mean square", np.abs((y**2).mean(-1, keepdims=True) - 1), 2 * top * allowed)]
+    verdicts = [within("mean square", np.abs((y**2).mean(-1, keepdims=True) - 1), 2 * top * allowed)]
     if p.is_centred(problem.function):
-        verdicts.append(_within("mean", np.abs(y.mean(-1, keepdims=True)), allowed))
+        verdicts.append(within("mean", np.abs(y.mean(-1, keepdims=True)), allowed))
     return verdicts
 
 
@@ -152,8 +134,8 @@ def _gain(subject: Subject, problem: Problem) -> list[Verdict]:
     return [
         equal("y at 2 g", [((y(2 * g) + 0.0)[normal], (2 * one + 0.0)[normal])]),
         equal("y with one gain 0", [(y(cleared) + 0.0, expected + 0.0)]),
-        _within("y at g + g'", sums, allowed),
-        _within("y / g", np.abs(to_array(unit) * g - to_array(one)), _allowed_y(problem)
+        within("y at g + g'", sums, allowed),
+        within("y / g", np.abs(to_array(unit) * g - to_array(one)), _allowed_y(problem)
                 + np.abs(g) * _allowed_y(changed(problem, g=np.ones_like(g)))),
     ]  # fmt: skip
 
@@ -163,9 +145,9 @@ def _orthogonal(subject: Subject, problem: Problem) -> list[Verdict]:
     dx = to_array(execute(subject, problem).gradients[0])
     x, allowed = problem.inputs["x"], expectations(problem)[1].allowed
     along = np.abs((dx * x).sum(-1, keepdims=True))
-    verdicts = [_within("dx . x", along, allowed * np.abs(x).sum(-1, keepdims=True))]
+    verdicts = [within("dx . x", along, allowed * np.abs(x).sum(-1, keepdims=True))]
     if p.is_centred(problem.function):
-        verdicts.append(_within("dx . 1", np.abs(dx.sum(-1, keepdims=True)), allowed * x.shape[-1]))
+        verdicts.append(within("dx . 1", np.abs(dx.sum(-1, keepdims=True)), allowed * x.shape[-1]))
     return verdicts
 
 
@@ -181,7 +163,7 @@ def _shards(subject: Subject, problem: Problem) -> list[Verdict]:
     verdicts = []
     for k, name in enumerate(p.OPERANDS[problem.function][1:]):
         total, first, second = (to_array(run[k]) for run in runs)
-        verdicts.append(_within("d" + name, np.abs(total - first - second), sum(rule[k].allowed for rule in rules)))
+        verdicts.append(within("d" + name, np.abs(total - first - second), sum(rule[k].allowed for rule in rules)))
     return verdicts
 
 
@@ -200,7 +182,7 @@ def _rows_permuted(subject: Subject, problem: Problem) -> list[Verdict]:
     verdicts = [equal("y, dx", [*pairs, (a.gradients[0][index], b.gradients[0])])]
     for k, rule in enumerate(expectations(first)[2:], start=1):
         difference = np.abs(to_array(a.gradients[k]) - to_array(b.gradients[k]))
-        verdicts.append(_within(rule.name, difference, 2 * rule.allowed))
+        verdicts.append(within(rule.name, difference, 2 * rule.allowed))
     return verdicts
 
 
@@ -214,7 +196,7 @@ def _columns_permuted(subject: Subject, problem: Problem) -> list[Verdict]:
     )
     run = execute(subject, other)
     back = [None if t is None else t[..., np.argsort(order)] for t in run.outputs + run.gradients]
-    return judged(problem, back, expectations(problem))
+    return judged(back, expectations(problem))
 
 
 def _zero_rows(subject: Subject, problem: Problem) -> list[Verdict]:
@@ -248,69 +230,10 @@ def _large(subject: Subject, problem: Problem) -> list[Verdict]:
     """Values whose square is beyond float16 neither overflow nor lose accuracy."""
     run = execute(subject, problem)
     infinite = sum(int((~torch.isfinite(t)).sum()) for t in run.results)
-    return [Verdict("not finite", infinite, 0.0), *judged(problem, run.outputs + run.gradients, expectations(problem))]
+    return [Verdict("not finite", infinite, 0.0), *judged(run.outputs + run.gradients, expectations(problem))]
 
 
-# ---- what holds of every kernel
-
-
-def _layouts(subject: Subject, problem: Problem) -> list[Verdict]:
-    """Strides do not change the result: not one bit where tiles are the same, and within the rule on a GPU."""
-    a, b = execute(subject, problem), execute(subject, replace(problem, layouts={}))
-    if subject.ours and not subject.gpu:
-        return [equal("all results", list(zip(a.results, b.results)))]
-    verdicts = []
-    for x, y, rule in zip(a.outputs + a.gradients, b.outputs + b.gradients, expectations(problem)):
-        if x is not None and y is not None:
-            verdicts.append(_within(rule.name, np.abs(to_array(x) - to_array(y)), 2 * rule.allowed))
-    return verdicts
-
-
-def _unchanged(subject: Subject, problem: Problem) -> list[Verdict]:
-    """Inputs and cotangents keep their bits, and so does the memory around and between them."""
-    return [Verdict("inputs", sum(placed.untouched() for placed in execute(subject, problem).placed), 0.0)]
-
-
-def _contract(subject: Subject, problem: Problem) -> list[Verdict]:
-    """Shapes and dtypes of results are those of the operands; ours are contiguous."""
-    run = execute(subject, problem)
-    tensors = [*zip(run.outputs, problem.cotangents.values()), *zip(run.gradients, problem.inputs.values())]
-    wrong = 0
-    for tensor, like in tensors:
-        if tensor is not None:
-            wrong += tuple(tensor.shape) != like.shape or str(tensor.dtype) != f"torch.{problem.dtype}"
-            wrong += subject.ours and not tensor.is_contiguous()
-    return [Verdict("shape, dtype, layout", int(wrong), 0.0)]
-
-
-def _guards(subject: Subject, problem: Problem) -> list[Verdict]:
-    """Every buffer the kernels write is filled completely, and nothing before or behind it is written."""
-    border, held, original = 16, [], launch.empty
-
-    def guarded(shape, dtype, device):
-        count = int(np.prod(shape))
-        buffer = torch.full((count + 2 * border,), float("nan"), dtype=dtype, device=device)
-        held.append((buffer, buffer.clone(), count))
-        return buffer[border : border + count].view(shape)
-
-    launch.empty = guarded
-    try:
-        execute(subject, problem)
-    finally:
-        launch.empty = original
-    outside = sum(
-        mismatches(now[part], then[part])
-        for now, then, count in held
-        for part in (slice(border), slice(border + count, None))
-    )
-    unwritten = sum(int(torch.isnan(now[border : border + count]).sum()) for now, _, count in held)
-    return [Verdict("written outside", outside, 0.0), Verdict("left unwritten", unwritten, 0.0)]
-
-
-def _twice(subject: Subject, problem: Problem) -> list[Verdict]:
-    """Two runs agree in every bit."""
-    a, b = execute(subject, problem), execute(subject, problem)
-    return [equal("all results", list(zip(a.results, b.results)))]
+# ---- what holds of every kernel: `kernels.universal`, and
 
 
 def _empty(subject: Subject, problem: Problem) -> list[Verdict]:
@@ -325,12 +248,6 @@ def _empty(subject: Subject, problem: Problem) -> list[Verdict]:
         for tensor, like in [*zip(run.outputs, empty.cotangents.values()), *zip(run.gradients, empty.inputs.values())]:
             wrong += tensor is not None and (tuple(tensor.shape) != like.shape or bool((tensor != 0).any()))
     return [Verdict("shapes and zeros", int(wrong), 0.0)]
-
-
-def _within(name: str, error: np.ndarray, allowed: Any) -> Verdict:
-    """The worst entry of an error that is already a difference."""
-    zero = Expectation(name, np.zeros_like(error), np.broadcast_to(allowed, error.shape), np.inf)
-    return judge(error, zero)
 
 
 SMOOTH = ("normal",)
@@ -349,11 +266,13 @@ def _relation(eps: float | None = None, kinds: tuple[str, ...] = SMOOTH, shortes
     return draw
 
 
+BY_VALUE = universal.properties(FUNCTIONS, _draw(), expectations)[:2]
+THE_REST = universal.properties(FUNCTIONS, _draw(kinds=SMOOTH), expectations)[2:]
+
 PROPERTIES = (
-    Property("reference", FUNCTIONS, _draw(), _values),
-    Property("gradient", FUNCTIONS, _draw(), _gradients, gradient=True),
+    *BY_VALUE,
     Property("any-launch", FUNCTIONS, _draw(launches=True), _any_launch, ours_only=True, share=0.5),
-    Property("layouts", FUNCTIONS, _draw(kinds=SMOOTH), _layouts, share=0.25),
+    *THE_REST,
     Property("scale-invariance", PLAIN, _relation(eps=0.0, shortest=3), _scaling, share=0.25),
     Property("shift-invariance", ("layer_norm",), _relation(), _shifting, share=0.25),
     Property("unit-mean-square", PLAIN, _relation(eps=0.0, shortest=3), _unit, share=0.25),
@@ -365,9 +284,5 @@ PROPERTIES = (
     Property("zero-rows", PLAIN, _relation(), _zero_rows, share=0.25),
     Property("sum-then-norm", FUSED, _relation(), _fused, share=0.25),
     Property("large-values", PLAIN, _draw(kinds=("large",), layouts=False), _large, share=0.25),
-    Property("inputs-unchanged", FUNCTIONS, _draw(kinds=SMOOTH), _unchanged, share=0.25),
-    Property("contract", FUNCTIONS, _draw(kinds=SMOOTH), _contract, share=0.25),
-    Property("guard-zones", FUNCTIONS, _draw(kinds=SMOOTH), _guards, share=0.25, ours_only=True),
-    Property("deterministic", FUNCTIONS, _draw(kinds=SMOOTH), _twice, share=0.25),
     Property("empty", FUNCTIONS, _relation(), _empty, share=0.0),
 )

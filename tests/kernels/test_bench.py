@@ -17,7 +17,7 @@ class ToldClock:
     def __init__(self):
         self.order = []
 
-    def times(self, call, repeats):
+    def times(self, call, repeats, flush=True):
         self.order.append(call)
         slowness = 1 + len(self.order) // 1000
         return [call() * slowness] * repeats
@@ -36,7 +36,7 @@ def test_rows_say_ratio_and_share_of_the_copy_rate():
     case = bench.Case(
         "c", "bfloat16", bytes=1000, contenders={"ours": lambda: 2.0, "torch": lambda: 4.0, "x": lambda: 1.0}
     )
-    rows = bench.measure("norm", case, ToldClock(), copy=lambda: 10.0, copy_bytes=10_000, device="d")
+    rows = bench.measure("norm", case, ToldClock(), bench.Ceilings(lambda: 10.0, 10_000), device="d")
     assert [row["peer"] for row in rows] == ["torch", "x"]
     assert [row["ratio"] for row in rows] == [0.5, 2.0]
     assert rows[0]["limit"] == 1.0  # 1000 bytes at 1000 bytes a second
@@ -44,10 +44,20 @@ def test_rows_say_ratio_and_share_of_the_copy_rate():
     assert {"family", "case", "dtype", "ours_s", "peer", "peer_s", "ratio", "limit", "of_limit", "device"} <= rows[
         0
     ].keys()
-    (alone,) = bench.measure("norm", bench.Case("c", "d", 1, {"ours": lambda: 1.0}), ToldClock(), lambda: 1.0, 1, "d")
+    (alone,) = bench.measure(
+        "norm", bench.Case("c", "d", 1, {"ours": lambda: 1.0}), ToldClock(), bench.Ceilings(lambda: 1.0, 1), "d"
+    )
     assert alone["peer"] is None
     assert alone["ratio"] is None
     assert bench.report(rows)
+
+
+def test_the_longer_of_memory_and_arithmetic_is_the_limit():
+    """1000 bytes take 1 s at the copy rate; 600 operations take 3 s at the rate of the product."""
+    ceilings = bench.Ceilings(lambda: 10.0, 10_000, lambda: 5.0, 1_000)
+    case = bench.Case("c", "bfloat16", bytes=1000, contenders={"ours": lambda: 6.0}, flops=600, flush=False)
+    (row,) = bench.measure("norm", case, ToldClock(), ceilings, "d")
+    assert (row["limit"], row["of_limit"], row["product_flops_per_s"]) == (3.0, 0.5, 200.0)
 
 
 def test_results_are_written_with_what_made_them(tmp_path):

@@ -53,7 +53,7 @@ def normal(*shape, dtype=torch.float32):
             ValueError,
             "eps must be a number of at least 0",
         ),
-        (lambda: op.rms_norm(normal(2, 4), normal(4).to("meta")), ValueError, "on x's device cpu"),
+        (lambda: op.rms_norm(normal(2, 4), normal(4).to("meta")), ValueError, "on the device of x, cpu"),
     ],
 )
 def test_one_clear_error(call, error, words):

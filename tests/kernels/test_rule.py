@@ -7,9 +7,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch.nn import functional as F
 
 from kernels.norm import problems
-from kernels.norm.properties import expectations, judged
+from kernels.norm.properties import expectations
 from kernels.subject import Subject, execute
 from kernels.tolerance import Expectation, Verdict, judge, moved, rounded
+from kernels.universal import judged
 
 
 def rms(x, g, eps):
@@ -50,7 +51,7 @@ def ratios(function, name, dtype, draws):
     @given(problems.problems(name, dtype, False))
     def run(problem):
         result = execute(subject, problem)
-        found.append(max(v.ratio for v in judged(problem, result.outputs + result.gradients, expectations(problem))))
+        found.append(max(v.ratio for v in judged(result.outputs + result.gradients, expectations(problem))))
 
     run()
     print(f"{name} {dtype}: worst {max(found):.2f} of the allowance in {len(found)} draws")
