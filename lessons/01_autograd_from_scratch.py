@@ -29,6 +29,18 @@ import numpy as np
 from minillm.autograd import GradientError, Tensor, grad, gradcheck
 from minillm.autograd import primitives as ops
 from minillm.autograd.operation import Primitive, sum_to
+from minillm.functional.linear import linear
+from minillm.functional.linear_algebra import (
+    column_decomposition,
+    gemm,
+    linear_collapse,
+    merge_heads,
+    project_batch,
+    row_decomposition,
+    split_heads,
+)  # fmt: skip
+from minillm.functional.softmax import log_softmax, logsumexp, softmax, softmax_unshifted, token_logprobs
+from minillm.functional.variational import convex_conjugate, fenchel_young_slack
 from minillm.plotting import BLUE, GREEN, VERMILION, use_style
 
 use_style()
@@ -331,11 +343,164 @@ print("d(x x)/dx     =", grad(x * x, x).item())
 print("d(sg[x] x)/dx =", grad(x.detach() * x, x).item())
 
 # %% [markdown]
+# ## 6. The algebra that everything after this leans on
+#
+# Nine identities carry the whole course. Each is a line of the package, and each gets one test here that could fail.
+#
+# **A matrix is a sum of its columns, or of its rows** (`column-decomposition`, `row-decomposition`):
+# $\mathbf A=\sum_j\mathbf A_{:j}e_j^\top=\sum_ie_i\mathbf A_{i:}$, terms of rank one at most (a zero column gives a term
+# of rank 0, which is erratum 1). A product $\mathbf{AB}$ is therefore a sum of outer products, column of $\mathbf A$ times
+# row of $\mathbf B$, and that is how a GPU adds up a tile, and why the gradient of a weight is a sum over tokens.
+#
+# **One product for a whole batch** (`gemm`, `linear-layer`, `batched-matmul`, `head-split-merge`): positions and
+# sequences are all rows of one matrix, so $B$ products with the same weight are one; and a head is a slice of the width.
+
+# %%
+rng = np.random.default_rng(0)
+A, B = Tensor(rng.integers(-3, 4, (3, 4)) * [1.0, 1, 0, 1]), Tensor(rng.integers(-3, 4, (4, 2)).astype(float))
+columns, rows = column_decomposition(A), row_decomposition(B)
+print(
+    "columns add up:", np.array_equal(columns.sum(0).data, A.data), "| rows:", np.array_equal(rows.sum(0).data, B.data)
+)
+print("ranks of the terms:", [int(np.linalg.matrix_rank(term)) for term in columns.data])
+outer = sum(np.outer(A.data[:, j], B.data[j]) for j in range(4))
+print("AB is the sum of outer products:", np.array_equal(outer, gemm(A, B).data))
+
+X, W = Tensor(rng.normal(size=(2, 5, 6))), Tensor(rng.normal(size=(6, 8)))  # (B, L, d_in), (d_in, d_out)
+Q = project_batch(X, W)  # (B, L, d_out)
+print("one product for the batch:", np.allclose(Q.data, [x @ W.data for x in X.data], rtol=0, atol=1e-14))
+heads = split_heads(Q, H=2)  # (B, H, L, d_head)
+print(
+    "head 1 reads columns 4 to 7:",
+    np.array_equal(heads.data[:, 1], Q.data[..., 4:]),
+    "| merged again:",
+    np.array_equal(merge_heads(heads).data, Q.data),
+)
+
+# %% [markdown]
+# **Linear layers in a row are one linear layer** (`linear-collapse`). Depth alone buys nothing. Is that so in training
+# too? Three networks learn $|x|$: a single linear layer, four of them in a row, and four with a ReLU between.
+
+
+# %%
+def fit(widths, activation, steps=400):
+    rng = np.random.default_rng(1)
+    layers = [
+        [Tensor(rng.normal(size=(o, i)) / np.sqrt(i), requires_grad=True), Tensor(np.zeros(o), requires_grad=True)]
+        for i, o in zip(widths, widths[1:], strict=False)
+    ]
+    parameters = [p for layer in layers for p in layer]
+    x = Tensor(np.linspace(-1, 1, 41)[:, None])  # (41, 1)
+
+    def network(x):
+        for k, (W, b) in enumerate(layers):
+            x = linear(x, W, b)
+            x = activation(x) if k < len(layers) - 1 else x
+        return x
+
+    for _ in range(steps):
+        loss = ((network(x) - x.abs()) ** 2).mean()
+        for p, g in zip(parameters, grad(loss, parameters), strict=True):
+            p.data -= 0.1 * g.data
+    return layers, network(x).data[:, 0], float(loss.data)
+
+
+def identity(x):
+    return x
+
+
+fits = {
+    "one linear layer": fit([1, 1], identity),
+    "four linear layers": fit([1, 16, 16, 16, 1], identity),
+    "four with ReLU": fit([1, 16, 16, 16, 1], ops.relu),
+}
+grid = np.linspace(-1, 1, 41)
+figure, axes = plt.subplots(figsize=(8, 3.2))
+axes.plot(grid, np.abs(grid), color="#bbbbbb", linewidth=5, label="|x|")
+for (name, (_, values, _)), colour, style in zip(fits.items(), (VERMILION, BLUE, GREEN), ("-", "--", "-"), strict=True):
+    axes.plot(grid, values, color=colour, linestyle=style, label=name)
+axes.set(xlabel="x", title="Depth without an activation is no depth")
+axes.legend(fontsize=8)
+plt.show()
+layers = fits["four linear layers"][0]
+W, b = layers[0]
+for W_2, b_2 in layers[1:]:
+    W, b = linear_collapse(W_2, b_2, W, b)
+apart = np.abs(linear(Tensor(grid[:, None]), W, b).data[:, 0] - fits["four linear layers"][1]).max()
+print("mean squared error:", {name: round(loss, 3) for name, (_, _, loss) in fits.items()})
+print("the four layers as one differ by less than 0.02:", apart < 0.02, "| weight of that one layer:", W.shape)
+
+# %% [markdown]
+# The best line through $|x|$ on $[-1,1]$ is the constant $\frac12$, with error $\frac1{12}\approx0.08$, and both linear
+# networks end there.
+#
+# **The softmax and its logarithm** (`softmax`, `softmax-stable`, `logsumexp`, `log-softmax`, `gather-logprob`).
+# $\mathrm{softmax}(z)_i=e^{z_i}/\sum_je^{z_j}$ as it is written overflows once a logit passes $\ln$ of the largest
+# float. Subtracting the maximum changes nothing in exact arithmetic, and everything in a computer. What is the first
+# whole number at which the plain form breaks, in each precision?
+
+# %%
+first = {}
+for dtype in (np.float16, np.float32, np.float64):
+    for z in range(1, 1000):
+        with np.errstate(all="ignore"):
+            e = np.exp(np.array([z, 0], dtype))
+            broken = not np.isfinite(e / e.sum(dtype=dtype)).all()
+        if broken:
+            first[np.dtype(dtype).name] = (z, int(np.ceil(np.log(float(np.finfo(dtype).max)))))
+            break
+print("first logit that breaks (found, predicted):", first)
+z = Tensor(np.array([1000.0, 999.0, 0.0]))
+with np.errstate(all="ignore"):
+    print("plain:  ", softmax_unshifted(z).data)
+print("shifted:", np.round(softmax(z).data, 4), "| LSE", np.round(logsumexp(z).data, 4))
+with np.errstate(divide="ignore"):
+    print("log of the softmax:", np.log(softmax(z).data).round(2), "| log-softmax:", log_softmax(z).data.round(2))
+print("log-prob of word 2:", token_logprobs(z, np.array(2)).data.round(2))
+
+# %% [markdown]
+# The logarithm of the softmax has lost word 2 for good: its gradient would be $0\cdot\infty$. The log-softmax has not.
+#
+# **Convexity** (`jensen-convexity-tools`). $\mathrm{LSE}$ is convex, and for a convex $\Omega$ with conjugate
+# $\Omega^*(t)=\sup_u\{ut-\Omega(u)\}$ the product never exceeds the sum: $ut\le\Omega(u)+\Omega^*(t)$, with equality
+# exactly where $t$ is the slope at $u$. Lower bounds, DPO and the KL-regularised optimum all come from this one line.
+# For $\Omega(u)=\log(1+e^u)$, where is the slack 0? Where $t=\sigma(u)$, the slope:
+
+
+# %%
+def softplus(u):
+    return np.logaddexp(0, u)
+
+
+def negative_entropy(t):
+    return t * np.log(t) + (1 - t) * np.log(1 - t)
+
+
+u, t = np.meshgrid(np.linspace(-4, 4, 161), np.linspace(0.02, 0.98, 97))
+slack = fenchel_young_slack(softplus, negative_entropy, u, t)
+searched = convex_conjugate(softplus, t[:, 0], np.linspace(-8, 8, 4001))
+figure, axes = plt.subplots(figsize=(8, 3.2))
+shades = axes.contourf(u, t, slack, levels=[0, 0.01, 0.05, 0.2, 0.5, 1, 2, 4], cmap="cividis_r")
+axes.plot(u[0], 1 / (1 + np.exp(-u[0])), color=VERMILION, label="slope of the softplus, the sigmoid")
+axes.set(xlabel="u", ylabel="t", title="Fenchel-Young slack: zero along the slope, positive elsewhere")
+axes.legend(loc="upper left", fontsize=8, frameon=True, facecolor="white", framealpha=1)
+figure.colorbar(shades, ax=axes)
+plt.show()
+print(
+    "smallest slack:",
+    abs(round(float(slack.min()), 3)),
+    "| at the sigmoid below 0.01:",
+    bool((slack[np.abs(t - 1 / (1 + np.exp(-u))) < 0.01] < 0.01).all()),
+)
+print("conjugate found by search agrees:", np.abs(searched - negative_entropy(t[:, 0])).max() < 1e-4)
+
+# %% [markdown]
 # ## What to take along
 #
 # 1. An operation is a forward function and one VJP per argument. Everything else is bookkeeping.
 # 2. A gradient is a sum over consumers, so a node waits for all of them: topological order.
 # 3. A VJP that has not been checked against finite differences, in float64, is a guess.
+# 4. Identities that are equal on paper (softmax with and without the shift) are not equal in a computer.
 #
 # Next: **02 · One training step**, where this engine differentiates a transformer. To see every function of the
 # package pass its check, run `minillm gradcheck`.

@@ -22,10 +22,14 @@
 # - do one AdamW step on paper.
 
 # %%
+import threading
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 from minillm.autograd import Tensor, grad
+from minillm.autograd.parallel import PaddedSlots, parallel_map
+from minillm.autograd.scratch import arena, empty
 from minillm.functional.activations import swiglu
 from minillm.functional.attention import attention_weights, causal_mask, scaled_scores
 from minillm.functional.linear import embedding, linear
@@ -291,6 +295,86 @@ plt.show()
 ranking = sorted(curves, key=lambda lr: curves[lr][-1])
 print("lowest loss after 60 steps at learning rate", ranking[0])
 print("highest at", ranking[-1])
+
+# %% [markdown]
+# ## 6. Memory and threads
+#
+# The step that you have just read asks for the same arrays again and again. Three rules make it fast in NumPy, and each
+# can be watched.
+#
+# **Scratch memory** (`scratch-buffer`): an array that nobody holds any more is handed out again instead of asking the
+# system for fresh pages. After a first step, how many new blocks does the second one need?
+
+# %%
+model = Decoder(config, np.random.default_rng(0))
+batch = np.tile(inputs, (64, 1))  # large enough for the arena: it ignores what is below 16 KiB
+wanted = np.tile(targets, (64, 1))
+arena().clear()
+held = []
+for _ in range(4):
+    loss = cross_entropy(model(batch), wanted)
+    gradients = grad(loss, model.parameters())
+    del loss, gradients
+    held.append(sum(len(blocks) for blocks in arena().blocks.values()))
+print("new blocks in steps 1 to 4:", ["some" if n else "none" for n in np.diff([0, *held])])
+
+# %% [markdown]
+# **A thread's memory is its own** (`thread-local-isolation`). Two threads that share an arena would write into each
+# other's activations. So the same work in threads must give the same bits as one after the other. **Heads and experts
+# are independent** (`parallel-heads`), which makes them the natural pieces:
+
+# %%
+rng = np.random.default_rng(0)
+Q, K, V = (rng.normal(size=(4, 64, 16)).astype(np.float32) for _ in range(3))  # (H, L, d_head)
+
+
+def head(q, k, v):
+    scores = empty((len(q), len(k)), q.dtype)  # from this thread's arena
+    np.matmul(q, k.T, out=scores)
+    p = softmax(Tensor(scores / np.float32(4.0))).data
+    return p @ v, threading.get_ident(), arena()
+
+
+serial = parallel_map(head, Q, K, V, threads=1)
+threaded = parallel_map(head, Q, K, V, threads=2)
+print("equal in every bit:", all(np.array_equal(a[0], b[0]) for a, b in zip(serial, threaded, strict=True)))
+owners = {}
+for _, thread, memory in threaded:
+    owners.setdefault(thread, set()).add(id(memory))
+print("one arena per thread:", all(len(arenas) == 1 for arenas in owners.values()))
+
+# %% [markdown]
+# **Slots on cache lines of their own** (`false-sharing-padding`). A core fetches memory in lines of 64 bytes. If two
+# threads keep their partial sums in one line, each write takes the line away from the other, although they never touch
+# the same number. A slot every $64\lceil n/64\rceil$ bytes, the first at a multiple of 64, ends that. Which slots of 24 bytes
+# share a line, packed and padded?
+
+# %%
+packed = PaddedSlots(1, (6, 3), np.float64)[0]  # six threads, three float64 each: 24 bytes, from a line's start
+padded = PaddedSlots(6, (3,), np.float64)
+
+
+def lines(array):
+    first = array.ctypes.data // 64
+    return set(range(first, (array.ctypes.data + array.nbytes - 1) // 64 + 1))
+
+
+figure, axes = plt.subplots(figsize=(8, 2.2))
+for row, slots in enumerate(([packed[i] for i in range(6)], [padded[i] for i in range(6)])):
+    start = slots[0].ctypes.data
+    for i, slot in enumerate(slots):
+        axes.broken_barh(
+            [(slot.ctypes.data - start, slot.nbytes)], (row - 0.3, 0.6), color=(BLUE, GREEN, ORANGE)[i % 3]
+        )
+for line in range(0, 6 * 64 + 1, 64):
+    axes.axvline(line, color="#888888", linewidth=1)
+axes.set(yticks=[0, 1], yticklabels=["packed", "padded"], xlabel="bytes from the first slot (grey: 64-byte lines)")
+axes.set_title("Six threads' slots: packed ones share lines, padded ones do not")
+axes.grid(False)
+plt.show()
+shared = [sum(bool(lines(a) & lines(b)) for a, b in zip(s, s[1:], strict=False)) for s in (list(packed), list(padded))]
+print("neighbours that share a line, of 5: packed", shared[0], "and padded", shared[1])
+print("bytes from slot to slot:", packed.strides[0], "and", padded.stride)
 
 # %% [markdown]
 # ## What to take along
