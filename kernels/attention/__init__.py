@@ -1,0 +1,1 @@
+"""Flash attention: exact attention in tiles, forward and backward, without a matrix of scores in memory."""
