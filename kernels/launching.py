@@ -6,9 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import device
+from kernels import device, interpreter
 
 INTERPRETED = not isinstance(device.dot, triton.JITFunction)
+if INTERPRETED:
+    interpreter.quicken()
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # said aloud: Triton's default changes between versions
 
 
