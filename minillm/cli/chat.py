@@ -11,6 +11,7 @@ from threadpoolctl import ThreadpoolController
 from minillm.checks import require, require_positive
 from minillm.cli.output import print_json
 from minillm.decoding.conversation import Conversation
+from minillm.decoding.interface import writing_model
 from minillm.models.pretrained import SMOLLM2, load_pretrained
 from minillm.training.step import available_cores
 
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     require(tokenizer is not None, "chat", "the model", "one with a tokenizer", "one without")
     assert tokenizer is not None
     system = pretrained.system if args.system is None else args.system
-    conversation = Conversation(pretrained.model, tokenizer, system=system)
+    model = writing_model("chat", pretrained.model)
+    conversation = Conversation(model, tokenizer, system=system)
     rng = np.random.default_rng(args.seed)
     law = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
     # A step reads every weight once, so memory bounds it; more than two threads gain nothing there.

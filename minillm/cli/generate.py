@@ -12,7 +12,7 @@ from minillm.checks import require, require_positive
 from minillm.cli.output import print_json
 from minillm.data import Tokenizer
 from minillm.decoding import beam_search, generate
-from minillm.models import Decoder
+from minillm.decoding.interface import LanguageModel, writing_model
 from minillm.models.pretrained import is_pretrained, load_pretrained
 from minillm.training.restore import load_model
 
@@ -40,10 +40,10 @@ def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> np.ndar
     return ids
 
 
-def load(checkpoint: Path) -> tuple[Decoder, Tokenizer | None]:
+def load(checkpoint: Path) -> tuple[LanguageModel, Tokenizer | None]:
     """A pretrained model, or one that a run has saved."""
     found = load_pretrained(checkpoint) if is_pretrained(checkpoint) else load_model(checkpoint)
-    return found.model, found.tokenizer
+    return writing_model("generate", found.model), found.tokenizer
 
 
 class Printer:

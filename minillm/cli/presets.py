@@ -58,7 +58,7 @@ def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
 
 def model_config(settings: Mapping[str, Any], vocab_size: int) -> Config:
     """The part of the settings that says what learns."""
-    return Config(**{"vocab_size": vocab_size, **{k: v for k, v in settings.items() if k in MODEL - DATA}})
+    return Config.from_dict({"vocab_size": vocab_size, **{k: v for k, v in settings.items() if k in MODEL - DATA}})
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

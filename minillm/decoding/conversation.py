@@ -8,8 +8,8 @@ from minillm.autograd import no_grad
 from minillm.checks import message, require
 from minillm.data import Tokenizer
 from minillm.data.templates import TURN_ENDS, Message, chatml_ids
+from minillm.decoding.interface import LanguageModel
 from minillm.decoding.samplers import sample
-from minillm.models import Decoder
 
 
 class Conversation:
@@ -18,11 +18,14 @@ class Conversation:
     Raises: ValueError if the tokenizer lacks the marks of ChatML, or if a turn does not fit into the context.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, system: str | None = None, context: int | None = None):
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, *, system: str | None = None, context: int | None = None
+    ):
         end = tokenizer.special_id(TURN_ENDS)
         require(end is not None, "Conversation", "the tokenizer", f"one with a special token {TURN_ENDS}", tokenizer)
         self.model, self.tokenizer, self.end = model, tokenizer, end or 0
         self.cache = model.new_cache(1, context)
+        self.capacity = self.cache.capacity or context or model.config.context  # a ring or a sum has no end of its own
         self.pending = np.empty(0, np.int64)  # ids that are part of the conversation and that the model has not read
         self.system = system
         self.messages: list[Message] = []
@@ -36,10 +39,10 @@ class Conversation:
         """
         opening = chatml_ids(self.tokenizer, [Message("user", text)], system=None if self.messages else self.system)
         reading = np.concatenate([self.pending, opening])
-        room = self.cache.capacity - self.cache.length - len(reading)
+        room = self.capacity - self.cache.length - len(reading)
         if room < 1:
             used = f"{self.cache.length} tokens and a message of {len(reading)}"
-            wanted = f"at most {self.cache.capacity} tokens long"
+            wanted = f"at most {self.capacity} tokens long"
             raise ValueError(message("Conversation", "the conversation", wanted, used, "Begin a new one."))
         answer: list[int] = []
         ending = np.array([self.end, *self.tokenizer.encode("\n")], np.int64)

@@ -34,6 +34,14 @@ class LanguageModel(Protocol):
         ...
 
 
+def writing_model(where: str, model: Any) -> LanguageModel:
+    """A model, if it is one that continues a text; an encoder or an encoder-decoder is refused."""
+    fits = isinstance(model, LanguageModel) and getattr(model.config, "architecture", "decoder") != "encoder"
+    received = f"a {type(model).__name__}"
+    require(fits, where, "the model", "one that continues a text (a decoder or a prefix decoder)", received)
+    return model
+
+
 def last_logits(model: LanguageModel, ids: Int[np.ndarray, "B L"], cache: Any) -> Float[np.ndarray, "B V"]:
     """Read new ids and return the logits after the last of them; no others are computed."""
     return model.hidden(ids, cache).data[:, -1] @ model.output_weight.data.T

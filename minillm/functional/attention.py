@@ -170,7 +170,8 @@ def _example_rotary(rng):
     L = int(rng.integers(1, 6))
     angles = rotation_angles(np.arange(L), 4, 100.0)
     qkv = rng.normal(size=(2, L, (H + 2 * H_kv) * 4))
-    return (qkv,), {"angles": angles, "H": H, "H_kv": H_kv, "pairing": ["interleaved", "half"][rng.integers(2)]}
+    how = {"pairing": ["interleaved", "half"][rng.integers(2)], "scale": [None, 0.7][rng.integers(2)]}
+    return (qkv,), {"angles": angles, "H": H, "H_kv": H_kv, **how}
 
 
 @written("rotary_attention", example=_example_rotary)
@@ -181,6 +182,7 @@ def rotary_attention(
     H: int,
     H_kv: int,
     pairing: str = "interleaved",
+    scale: float | None = None,
 ) -> Float[Tensor, "B L H_d_head"]:
     r"""Causal self-attention of a decoder block, from the joint projection to the merged heads.
 
@@ -188,11 +190,13 @@ def rotary_attention(
     Shapes: qkv (B, L, (H + 2 H_kv) d_head) = [queries; keys; values], angles (L, d_head / 2) -> (B, L, H d_head)
     Raises: ValueError if the width is not a multiple of H + 2 H_kv, or the angles do not fit.
     Source: bridging §1.2; notes §4.1, §4.4, §6.
+
+    ``scale`` multiplies the scores; left out, it is $1/\sqrt{d_{\rm head}}$.
     """
     d_head = check_rotary(qkv, angles, H, H_kv, pairing)
     B, L, _ = qkv.shape
     heads = qkv.reshape(B, L, H + 2 * H_kv, d_head).transpose(1, 2)  # (B, H + 2 H_kv, L, d_head)
     q = rope(heads[:, :H], angles, pairing)
     k = rope(heads[:, H : H + H_kv], angles, pairing)
-    context = scaled_dot_product_attention(q, k, heads[:, H + H_kv :], causal_mask(L))
+    context = scaled_dot_product_attention(q, k, heads[:, H + H_kv :], causal_mask(L), scale=scale)
     return context.transpose(1, 2).reshape(B, L, H * d_head)

@@ -6,18 +6,21 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from minillm.checks import require, require_one_of
+from minillm.checks import require, require_one_of, require_positive
 from minillm.functional.positions import rotation_angles
 
 KINDS = ("none", "linear", "ntk", "yarn", "llama3")
+RAMPS = ("turns", "pairs", "whole pairs")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary positions are stretched: the kind, the factor s, and the length of the training.
+    r"""How rotary positions are stretched: the kind, the factor s, and the length of the training.
 
     ``low`` and ``high`` are the numbers of turns within the training's length below which a pair is stretched
-    fully and above which not at all.
+    fully and above which not at all. In between the share rises evenly in the number of turns (``ramp="turns"``, as
+    the paper of YaRN has it) or in the number of the pair (``"pairs"``, as its program has it; ``"whole pairs"`` with
+    both ends rounded outwards, as checkpoints expect). ``magnitude`` replaces YaRN's own, $0.1\ln s+1$.
     """
 
     kind: str = "none"
@@ -25,11 +28,16 @@ class RopeScaling:
     L_train: int = 2048
     low: float = 1.0
     high: float = 32.0
+    ramp: str = "turns"
+    magnitude: float | None = None
 
     def __post_init__(self) -> None:
         require_one_of(self.kind, KINDS, "RopeScaling", "kind")
         require(self.factor >= 1, "RopeScaling", "the factor", "at least 1", self.factor)
         require(self.L_train > 0, "RopeScaling", "L_train", "a positive number of tokens", self.L_train)
+        require_one_of(self.ramp, RAMPS, "RopeScaling", "ramp")
+        if self.magnitude is not None:
+            require_positive(self.magnitude, "RopeScaling", "the magnitude")
         require(
             0 < self.low < self.high,
             "RopeScaling",
@@ -37,6 +45,11 @@ class RopeScaling:
             "ordered, 0 < low < high",
             f"{self.low}, {self.high}",
         )
+
+    @property
+    def own_magnitude(self) -> float:
+        """What YaRN multiplies queries and keys by, unless another number is given."""
+        return 0.1 * float(np.log(self.factor)) + 1.0
 
 
 class Rotation(NamedTuple):
@@ -58,6 +71,7 @@ def scaled_rotation(
 
     "llama3" interpolates as YaRN does, from 1 to ``high`` = 4 turns, and leaves magnitudes alone.
     """
+    require(base > 1, "scaled_rotation", "the base", "above 1", base)
     scaling = scaling or RopeScaling()
     s, kind = scaling.factor, scaling.kind
     if kind == "linear":
@@ -68,7 +82,24 @@ def scaled_rotation(
     angles = rotation_angles(positions, d_head, base)
     if kind == "none":
         return Rotation(angles, 1.0)
-    theta = rotation_angles(np.ones(1), d_head, base)[0]  # (d_head / 2,)
-    turns = scaling.L_train * theta / (2 * np.pi)
-    w = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
-    return Rotation(angles * ((1 - w) / s + w), 0.1 * float(np.log(s)) + 1.0 if kind == "yarn" else 1.0)
+    w = _kept_share(d_head, base, scaling)
+    magnitude = scaling.own_magnitude if scaling.magnitude is None else scaling.magnitude
+    return Rotation(angles * ((1 - w) / s + w), magnitude if kind == "yarn" else 1.0)
+
+
+def _kept_share(d_head: int, base: float, scaling: RopeScaling) -> Float[np.ndarray, " half"]:
+    """How much of its frequency each pair keeps: 1 for fast ones, 0 for slow ones."""
+    if scaling.ramp == "turns":
+        theta = rotation_angles(np.ones(1), d_head, base)[0]  # (d_head / 2,)
+        turns = scaling.L_train * theta / (2 * np.pi)
+        return np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+
+    def pair(turns: float) -> float:  # the pair, as a real number, that turns so often within the training's length
+        return d_head * float(np.log(scaling.L_train / (2 * np.pi * turns)) / (2 * np.log(base)))
+
+    first, last = pair(scaling.high), pair(scaling.low)
+    if scaling.ramp == "whole pairs":
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0.0), min(last, d_head - 1.0)
+    last = first + 1e-3 if first == last else last
+    return 1 - np.clip((np.arange(d_head // 2) - first) / (last - first), 0, 1)

@@ -67,7 +67,15 @@ def scaled_dot_product_attention(
 
 
 @derived("rotary_attention")
-def rotary_attention(qkv: np.ndarray, angles: np.ndarray, *, H: int, H_kv: int, pairing: str = "interleaved"):
+def rotary_attention(
+    qkv: np.ndarray,
+    angles: np.ndarray,
+    *,
+    H: int,
+    H_kv: int,
+    pairing: str = "interleaved",
+    scale: float | None = None,
+):
     r"""Causal self-attention of a decoder block, from the joint projection to the merged heads.
 
     Equation: `mha` $\mathrm{Concat}_h(\mathrm{softmax}(\mathbf S_h)\mathbf V_h)$
@@ -80,7 +88,7 @@ def rotary_attention(qkv: np.ndarray, angles: np.ndarray, *, H: int, H_kv: int, 
     d_head = check_rotary(qkv, angles, H, H_kv, pairing)
     B, L, _ = qkv.shape
     qkv = np.ascontiguousarray(qkv)  # pairs are read as complex numbers, which must be whole in memory
-    turn = _Turn(angles, qkv.dtype, H, H_kv, d_head, pairing)
+    turn = _Turn(angles, qkv.dtype, H, H_kv, d_head, pairing, scale)
     qk = turn.forward(qkv)  # (B, L, H + H_kv, d_head), queries scaled
     value = qkv.reshape(B, L, H + 2 * H_kv, d_head)[:, :, H + H_kv :]
     out = scratch.empty((B, L, H, d_head), qkv.dtype)
@@ -110,9 +118,9 @@ class _Turn:
     all heads at once.
     """
 
-    def __init__(self, angles, dtype, H: int, H_kv: int, d_head: int, pairing: str):
+    def __init__(self, angles, dtype, H: int, H_kv: int, d_head: int, pairing: str, scale: float | None):
         self.H, self.H_kv, self.d_head, self.pairing = H, H_kv, d_head, pairing
-        self.scale = dtype.type(1.0 / np.sqrt(d_head))
+        self.scale = dtype.type(1.0 / np.sqrt(d_head) if scale is None else scale)
         self.cos, self.sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
         if pairing == "interleaved":
             self.complex = np.result_type(dtype, np.complex64)
@@ -155,7 +163,15 @@ def _by_head(qk, value, out, H: int, H_kv: int):
 
 
 def cached_attention(
-    qkv: Tensor, angles: np.ndarray, cache: Any, layer: int, *, H: int, H_kv: int, pairing: str = "interleaved"
+    qkv: Tensor,
+    angles: np.ndarray,
+    cache: Any,
+    layer: int,
+    *,
+    H: int,
+    H_kv: int,
+    pairing: str = "interleaved",
+    scale: float | None = None,
 ) -> Tensor:
     r"""The attention of `rotary_attention` for new positions, over cached and new keys; no gradient.
 
@@ -168,7 +184,7 @@ def cached_attention(
         raise RuntimeError("cached_attention: decoding with a cache has no gradient. Wrap it in `with no_grad():`.")
     d_head = check_rotary(qkv, angles, H, H_kv, pairing)
     B, L, _ = qkv.shape
-    qk = _Turn(angles, qkv.dtype, H, H_kv, d_head, pairing).forward(qkv.data)
+    qk = _Turn(angles, qkv.dtype, H, H_kv, d_head, pairing, scale).forward(qkv.data)
     out = scratch.empty((B, L, H, d_head), qkv.dtype)
     new_values = qkv.data.reshape(B, L, H + 2 * H_kv, d_head)[:, :, H + H_kv :]
     q, k, v, o = _by_head(qk, new_values, out, H, H_kv)

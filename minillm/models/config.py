@@ -4,11 +4,14 @@ The defaults are those of a LLaMA, which `Decoder` computes fast; `Transformer` 
 choice too.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from minillm.checks import require, require_one_of, require_positive
 from minillm.functional.feed_forward import GATES
 from minillm.functional.positions import PAIRINGS
+from minillm.functional.rope_scaling import RopeScaling
 from minillm.nn.ffn import KINDS as FEED_FORWARDS
 from minillm.nn.layers import INIT_STD
 from minillm.nn.norms import KINDS as NORMS
@@ -42,6 +45,7 @@ class Config:
     tied: bool = False
     rope_base: float = 10_000.0
     rope_pairing: str = "interleaved"
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     init_std: float = INIT_STD
 
@@ -125,6 +129,9 @@ class Config:
         require(divides, "Config", "n_kv_heads", f"a divisor of n_heads = {self.n_heads}", self.n_kv_heads)
 
     def _check_combinations(self) -> None:
+        turns = self.positions == "rope" and self.attention == "heads"
+        wanted = "None without rotary positions of attention by heads"
+        require(self.rope_scaling is None or turns, "Config", "rope_scaling", wanted, self.rope_scaling)
         causal_only = self.attention == "latent" or self.window is not None
         require(
             not causal_only or self.architecture == "decoder",
@@ -166,7 +173,14 @@ class Config:
         """The configuration as plain data."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """A configuration from what `to_dict` gave."""
+        scaling = values.get("rope_scaling")
+        stretched = RopeScaling(**scaling) if isinstance(scaling, Mapping) else scaling
+        return cls(**{**values, "rope_scaling": stretched})
+
 
 LLAMA_SIZES = frozenset(
-    "vocab_size d_model n_layers n_heads n_kv_heads d_ff context tied rope_base rope_pairing norm_eps init_std".split()
+    "vocab_size d_model n_layers n_heads n_kv_heads d_ff context tied rope_base rope_pairing rope_scaling norm_eps init_std".split()
 )

@@ -13,7 +13,7 @@ import numpy as np
 from minillm.autograd import Tensor, is_recording
 from minillm.checks import require
 from minillm.functional.linear import check_ids
-from minillm.functional.positions import rotation_angles
+from minillm.functional.rope_scaling import Rotation, scaled_rotation
 from minillm.fused.linear import linear
 from minillm.fused.norms import add_rms_norm
 from minillm.models.config import Config
@@ -30,11 +30,23 @@ class Block(Module):
     def __init__(self, config: Config, rng: np.random.Generator):
         std, std_out = config.init_std, config.init_std / np.sqrt(2 * config.n_layers)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        n_kv_heads, scale = config.n_kv_heads or config.n_heads, score_scale(config)
         self.attention = CausalSelfAttention(
-            config.d_model, config.n_heads, config.n_kv_heads or config.n_heads, config.rope_pairing, rng, std, std_out
+            config.d_model, config.n_heads, n_kv_heads, config.rope_pairing, rng, std, std_out, scale
         )
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ff or 0, rng, std, std_out)
+
+
+def rotation(config: Config) -> Rotation:
+    """The angles of all positions of the context, (context, d_head / 2), and what turned vectors are multiplied by."""
+    return scaled_rotation(np.arange(config.context), config.d_head, config.rope_base, config.rope_scaling)
+
+
+def score_scale(config: Config) -> float:
+    """What scores are multiplied by: YaRN's magnitude, of queries and of keys, over the root of d_head."""
+    magnitude = scaled_rotation(np.zeros(1), config.d_head, config.rope_base, config.rope_scaling).magnitude
+    return magnitude**2 / float(np.sqrt(config.d_head))
 
 
 class Decoder(Module):
@@ -59,7 +71,7 @@ class Decoder(Module):
         self.blocks = [Block(config, rng) for _ in range(config.n_layers)]
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng, config.init_std)
-        self._angles = rotation_angles(np.arange(config.context), config.d_head, config.rope_base)
+        self._angles = rotation(config).angles  # (context, d_head / 2)
 
     def forward(self, ids: np.ndarray, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token after every position; with a cache, ids are the positions that are new."""

@@ -18,6 +18,7 @@ import numpy as np
 from minillm.checks import message, require
 from minillm.models.config import Config
 from minillm.models.decoder import Decoder
+from minillm.models.llama_rope import read_rope
 
 PLAIN = {  # within a layer: ours -> theirs, matrix for matrix
     "attention_norm.gain": "input_layernorm.weight",
@@ -40,19 +41,20 @@ def llama_config(theirs: Mapping[str, Any], context: int | None = None) -> Confi
     r"""Our configuration for the contents of a LLaMA `config.json`.
 
     Equation: `llama-config` RMSNorm, SwiGLU, RoPE, no biases
-    Raises: ValueError for what this decoder does not have: biases, scaled rotary positions, another activation.
+    Raises: ValueError for what this decoder does not have: biases, another activation, another kind of scaled rotary
+        positions than those of `minillm.models.llama_rope`.
     Source: lecture06 (LLaMA table); Touvron et al. 2023.
     """
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     head = theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]
     for what, wanted, received in (
         ("hidden_act", "silu", theirs.get("hidden_act", "silu")),
         ("attention_bias", False, bool(theirs.get("attention_bias"))),
         ("mlp_bias", False, bool(theirs.get("mlp_bias"))),
-        ("the rotary positions", "default", rope.get("rope_type", rope.get("type", "default"))),
         ("head_dim * num_attention_heads", theirs["hidden_size"], head * theirs["num_attention_heads"]),
     ):
         require(wanted == received, "llama_config", what, str(wanted), str(received))
+    longest: int = context or theirs["max_position_embeddings"]
+    base, scaling = read_rope(theirs, longest)
     return Config(
         vocab_size=theirs["vocab_size"],
         d_model=theirs["hidden_size"],
@@ -60,9 +62,10 @@ def llama_config(theirs: Mapping[str, Any], context: int | None = None) -> Confi
         n_heads=theirs["num_attention_heads"],
         n_kv_heads=theirs.get("num_key_value_heads"),
         d_ff=theirs["intermediate_size"],
-        context=context or theirs["max_position_embeddings"],
+        context=longest,
         tied=bool(theirs.get("tie_word_embeddings")),
-        rope_base=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0),
+        rope_base=base,
+        rope_scaling=scaling,
         rope_pairing="half",
         norm_eps=float(theirs.get("rms_norm_eps", 1e-6)),
     )

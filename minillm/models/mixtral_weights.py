@@ -8,6 +8,7 @@ ffn.w_down                       mlp.experts.down_proj                    block_
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ def mixtral_config(theirs: Mapping[str, Any], context: int | None = None) -> Con
     Raises: ValueError for what this model does not have, as `llama_config`.
     Source: lecture06 (MoE); Jiang et al. 2024.
     """
-    base = llama_config(theirs, context).to_dict()
+    base = llama_config(theirs, context)
     experts = {"n_experts": theirs["num_local_experts"], "experts_per_token": theirs["num_experts_per_tok"]}
-    return Config(**{**base, "ffn": "experts", "window": theirs.get("sliding_window"), **experts})
+    return replace(base, ffn="experts", window=theirs.get("sliding_window"), **experts)
 
 
 def _swapped(w_in: np.ndarray) -> np.ndarray:

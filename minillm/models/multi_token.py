@@ -13,11 +13,10 @@ from minillm.autograd import Tensor, cat, stack
 from minillm.checks import require, require_positive
 from minillm.functional.frozen import frozen
 from minillm.functional.multi_token import mtp_loss
-from minillm.functional.positions import rotation_angles
 from minillm.fused.linear import linear
 from minillm.fused.losses import cross_entropy
 from minillm.fused.norms import add_rms_norm
-from minillm.models.decoder import Block, Decoder
+from minillm.models.decoder import Block, Decoder, rotation
 from minillm.nn.cache import KVCache
 from minillm.nn.layers import RMSNorm
 from minillm.nn.module import Module, parameter
@@ -97,8 +96,7 @@ class ParallelHead(Head):
 
 def all_angles(trunk: Decoder) -> np.ndarray:
     """The rotary angles of every position of the trunk's context."""
-    config = trunk.config
-    return rotation_angles(np.arange(config.context), config.d_head, config.rope_base)
+    return rotation(trunk.config).angles
 
 
 def _checked_text(where: str, ids: Any, depth: int) -> np.ndarray:

@@ -59,7 +59,7 @@ def _rotation(model: Any, position: int) -> np.ndarray:
     """What turns the queries and keys of all heads at one position: $e^{i\\varphi}$ of each pair, queries scaled."""
     c = model.config
     factor = np.exp(1j * model._angles[position])  # (d_head / 2,)
-    scale = np.repeat([1 / np.sqrt(c.d_head), 1.0], [c.n_heads, c.n_kv_heads or c.n_heads])
+    scale = np.repeat([model.blocks[0].attention.scale, 1.0], [c.n_heads, c.n_kv_heads or c.n_heads])
     return (scale[:, None] * factor).astype(np.result_type(model.embedding.weight.dtype, np.complex64))
 
 

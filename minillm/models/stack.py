@@ -27,6 +27,7 @@ def positions_for(config: Config, rng: np.random.Generator, bidirectional: bool)
         d_head=config.d_head,
         rope_base=config.rope_base,
         rope_pairing=config.rope_pairing,
+        rope_scaling=config.rope_scaling,
         bidirectional=bidirectional,
         std=config.init_std,
     )

@@ -29,15 +29,16 @@ class CausalSelfAttention(Module):
         rng: np.random.Generator,
         std: float = INIT_STD,
         std_out: float = INIT_STD,
+        scale: float | None = None,
     ):
-        self.n_heads, self.n_kv_heads, self.pairing = n_heads, n_kv_heads, pairing
+        self.n_heads, self.n_kv_heads, self.pairing, self.scale = n_heads, n_kv_heads, pairing, scale
         d_head = d_model // n_heads
         self.w_qkv = parameter(rng.normal(0.0, std, size=((n_heads + 2 * n_kv_heads) * d_head, d_model)))
         self.w_out = parameter(rng.normal(0.0, std_out, size=(d_model, d_model)))
 
     def forward(self, x: Tensor, angles: np.ndarray, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         qkv = linear(x, self.w_qkv)  # (B, L, (H + 2 H_kv) d_head)
-        heads = {"H": self.n_heads, "H_kv": self.n_kv_heads, "pairing": self.pairing}
+        heads = {"H": self.n_heads, "H_kv": self.n_kv_heads, "pairing": self.pairing, "scale": self.scale}
         if cache is None:
             context = rotary_attention(qkv, angles=angles, **heads)  # (B, L, d_model)
         else:

@@ -44,7 +44,7 @@ def load_model(path: str | os.PathLike) -> Restored:
 def model_config(record: Mapping[str, Any], path: str | os.PathLike) -> Config:
     """The model's configuration from a checkpoint's record."""
     try:
-        config = Config(**record["config"]["model"])
+        config = Config.from_dict(record["config"]["model"])
     except (KeyError, TypeError) as error:
         received = f"one that does not describe its model ({error})"
         raise ValueError(message("load_model", f"the file {path}", "a checkpoint of a decoder", received)) from error

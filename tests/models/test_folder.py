@@ -126,7 +126,7 @@ def broken(folder, how: str):
         (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     elif how == "scaled positions":
         config = json.loads((folder / "config.json").read_text())
-        config["rope_parameters"] = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
+        config["rope_parameters"] = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 1e4}
         (folder / "config.json").write_text(json.dumps(config))
     elif how == "a size missing":
         config = json.loads((folder / "config.json").read_text())
@@ -141,8 +141,8 @@ def broken(folder, how: str):
         ("no map", ValueError, "an index of tensors by file"),
         ("another place", ValueError, "as the index says, got absent"),
         ("a shard cut short", ValueError, "safetensors"),
-        ("another model", ValueError, "the model_type in .* must be llama, got mamba"),
-        ("scaled positions", ValueError, "the rotary positions must be default, got llama3"),
+        ("another model", ValueError, "the model_type in .* must be one of llama, .*, t5, got mamba"),
+        ("scaled positions", ValueError, r"rotary positions \(rope_type\) must be one of 'default', .*, got longrope"),
         ("a size missing", ValueError, "one with 'hidden_size'"),
     ],
 )

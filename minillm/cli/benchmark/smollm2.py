@@ -18,8 +18,9 @@ from minillm.checks import optional_import
 from minillm.cli.benchmark.families import Family
 from minillm.data import python_docs_text
 from minillm.decoding.interface import last_logits
+from minillm.models import Decoder
 from minillm.models.llama_weights import to_llama
-from minillm.models.pretrained import PACKAGE, Pretrained, load_pretrained
+from minillm.models.pretrained import PACKAGE, load_pretrained
 
 WEIGHTS = 134_515_008  # numbers that a token reads, the embedding once, as the head
 
@@ -43,18 +44,18 @@ def missing() -> str | None:
     return None if found else "the weights of SmolLM2 are missing: `make smollm2`"
 
 
-def prepared(case: GenerationCase) -> tuple[Pretrained, np.ndarray]:
+def prepared(case: GenerationCase) -> tuple[Decoder, np.ndarray]:
     """The model and the ids (1, L) of the text that is continued."""
     pretrained = load_pretrained("smollm2", context=case.prompt + case.new)
-    assert pretrained.tokenizer is not None
+    assert pretrained.tokenizer is not None and isinstance(pretrained.model, Decoder)
     ids = pretrained.tokenizer.encode(python_docs_text()[20_000:26_000])[: case.prompt]
-    return pretrained, ids[None]
+    return pretrained.model, ids[None]
 
 
 @contextmanager
 def ours(case: GenerationCase, threads: int) -> Iterator[Callable[[], float]]:
     """What `generate` runs, without the sampling; returns the last token."""
-    (model, *_), prompt = prepared(case)
+    model, prompt = prepared(case)
     cache = model.new_cache(1)
     with threadpool_limits(threads, user_api="blas"), no_grad():
         first = last_logits(model, prompt, cache).argmax(-1)[:, None]
@@ -74,7 +75,7 @@ def torch_peer(case: GenerationCase, threads: int) -> Iterator[Callable[[], floa
     """The model class of transformers with its own cache, float32, inference mode; returns the last token."""
     torch, transformers = optional_import("torch", "kernels"), optional_import("transformers", "dev")
     torch.set_num_threads(threads)
-    (ours, *_), prompt = prepared(case)
+    ours, prompt = prepared(case)
     with torch.inference_mode():
         model = their_model(torch, transformers, ours)
         ids, cache = torch.from_numpy(prompt), transformers.DynamicCache(config=model.config)
