@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import launching
 from kernels.attention import kernel_backward, kernel_forward, kernel_masks
 from kernels.attention.config import Plan, Tile, padded, plan_for
-from kernels.launching import FUSED_MULTIPLY_ADD
+from kernels.launching import FUSED_MULTIPLY_ADD, INTERPRETED
 
 masks: Any = kernel_masks  # what triton.jit returns, no type checker follows
 forward_code: Any = kernel_forward
@@ -40,14 +40,14 @@ class Pattern:
         return L_k - L_q if self.align == BOTTOM_RIGHT else 0
 
 
-def like(tensor: Tensor, length: int, width: int) -> Tensor:
-    """A buffer (B, heads, length, width) with rows of whole heads side by side if the tensor has them, else contiguous.
+def like(tensor: Tensor, length: int, width: int, packed: bool) -> Tensor:
+    """A buffer (B, heads, length, width), heads side by side in memory if the tensor has them so, else contiguous.
 
     Queries are mostly a view of (B, L, H, d_head), the output of a projection; what comes back in the same order
-    needs no copy before the next one.
+    needs no copy before the next one. Packed documents always have their heads side by side.
     """
     B, heads = tensor.shape[:2]
-    if not tensor.is_contiguous() and tensor.transpose(1, 2).is_contiguous():
+    if packed or (not tensor.is_contiguous() and tensor.transpose(1, 2).is_contiguous()):
         return launching.empty((B, length, heads, width), tensor.dtype, tensor.device).transpose(1, 2)
     return launching.empty((B, heads, length, width), tensor.dtype, tensor.device)
 
@@ -59,7 +59,7 @@ def plan_of(q: Tensor, v: Tensor) -> Plan:
 
 def launching_target(device: torch.device) -> str:
     """The name of the machine that the tile sizes are for; in the interpreter any will do."""
-    if launching.INTERPRETED:
+    if INTERPRETED:
         return "sm_90"
     if torch.version.hip:
         return "gfx942"
@@ -101,7 +101,7 @@ def forward(
     Shapes: q (B, H, L_q, d_head), k (B, H_kv, L_k, d_head), v (B, H_kv, L_k, d_v) -> o (B, H, L_q, d_v), lse (B, H, L_q)
     """
     (B, H, L_q, d), (_, H_kv, L_k, d_v) = q.shape, v.shape
-    o = like(q, L_q, d_v)
+    o = like(q, L_q, d_v, pattern.starts is not None)
     lse = launching.empty((B, H, L_q), torch.float32, q.device)
     if lse.numel() == 0:
         return o, lse
@@ -126,7 +126,8 @@ def backward(
     Shapes: do, o (B, H, L_q, d_v), dlse, lse (B, H, L_q) -> dq, dk, dv like q, k, v
     """
     (B, H, L_q, d), (_, H_kv, L_k, d_v) = q.shape, v.shape
-    dq, dk, dv = like(q, L_q, d), like(k, L_k, d), like(v, L_k, d_v)
+    packed = pattern.starts is not None
+    dq, dk, dv = like(q, L_q, d, packed), like(k, L_k, d, packed), like(v, L_k, d_v, packed)
     if lse.numel() == 0 or k.shape[2] * B == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     plan = plan or plan_of(q, v)
