@@ -10,7 +10,7 @@ from minillm.autograd import primitives as ops
 from minillm.autograd.registry import written
 from minillm.checks import require, require_positive
 from minillm.functional.frozen import frozen
-from minillm.functional.routing import check_k, check_routed, spread_scores, top_k
+from minillm.functional.routing import check_groups, check_k, check_routed, spread_scores, top_k, within_groups
 from minillm.functional.softmax import logsumexp, softmax
 
 
@@ -180,17 +180,18 @@ def _three_axes(rng):
     return s, top_k(s, int(rng.integers(1, 3)))
 
 
-def biased_choice(s: Any, bias: Any, k: int) -> Bool[np.ndarray, "*B E"]:
+def biased_choice(s: Any, bias: Any, k: int, n_groups: int = 1, k_groups: int = 1) -> Bool[np.ndarray, "*B E"]:
     r"""Choose by score and bias; the weights are then made of the scores alone.
 
     Equation: `moe-bias-balancing` choose $\mathrm{TopK}(s_e+b_e)$, weight with $s_e$ only
     Shapes: s (..., E), bias (E,) -> booleans (..., E)
-    Raises: ValueError unless bias is (E,) and 1 <= k <= E.
+    Raises: ValueError unless bias is (E,) and 1 <= k <= E, or for groups that do not fit (`within_groups`).
     Source: deepseek (dynamic bias); Wang et al. 2024; DeepSeek-V3 2024.
     """
     s, bias = frozen(s), frozen(bias)
     require(bias.shape == s.shape[-1:], "biased_choice", "the bias", f"of shape {s.shape[-1:]}", bias)
-    return top_k(s + bias, k)
+    check_groups("biased_choice", s.shape[-1], n_groups, k_groups)
+    return top_k(within_groups(s + bias, n_groups, k_groups), k)
 
 
 def updated_bias(bias: Any, loads: Any, rate: float = 1e-3) -> Float[np.ndarray, " E"]:

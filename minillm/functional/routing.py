@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from minillm.autograd import Tensor, as_tensor, where
 from minillm.autograd import primitives as ops
 from minillm.autograd.registry import written
-from minillm.checks import require
+from minillm.checks import require, require_positive
 from minillm.functional.activations import silu
 from minillm.functional.frozen import frozen
 from minillm.functional.linear import linear
@@ -50,6 +50,39 @@ def top_k(scores: Any, k: int) -> Mask:
     routed = np.zeros(scores.shape, bool)
     np.put_along_axis(routed, order[..., :k], True, axis=-1)
     return routed
+
+
+def check_groups(where: str, E: int, n_groups: int, k_groups: int, k: int = 1) -> None:
+    """Refuse groups of unequal size, more of them than there are, or too few experts in them."""
+    require_positive(n_groups, where, "n_groups", integer=True)
+    require(E % n_groups == 0, where, "n_groups", f"a divisor of the number of experts, {E}", n_groups)
+    fits = isinstance(k_groups, int | np.integer) and 1 <= k_groups <= n_groups
+    require(bool(fits), where, "k_groups", f"an integer in 1..{n_groups}, the number of groups", k_groups)
+    room = k_groups * (E // n_groups)
+    require(k <= room, where, "k", f"at most {room}, the experts of {k_groups} of {n_groups} groups", k)
+
+
+def within_groups(scores: Any, n_groups: int, k_groups: int, best: int = 2) -> Float[np.ndarray, "*B E"]:
+    r"""Scores of the experts in the groups that a token may visit; minus infinity in the others.
+
+    A group is judged by the sum of its ``best`` largest scores (2 in DeepSeek-V3, 1 in V2), so that a token's experts
+    lie on few machines. Neighbouring experts are one group.
+
+    Equation: `topk-renormalise` $\mathcal T_k$ from the $k_{\rm groups}$ groups with the largest sums
+    Equation: `moe-bias-balancing` the bias takes part in the choice of groups too
+    Shapes: scores (..., E) -> (..., E)
+    Raises: ValueError for groups of unequal size, or more groups than there are.
+    Source: deepseek (the slide on what is hidden names the bias only); DeepSeek-V3 2024, section 2.1.2.
+    """
+    scores = frozen(scores)
+    E = scores.shape[-1] if scores.ndim else 0
+    check_groups("within_groups", max(E, 1), n_groups, k_groups)
+    require_positive(best, "within_groups", "best", integer=True)
+    if k_groups == n_groups:
+        return scores
+    grouped = scores.reshape(*scores.shape[:-1], n_groups, E // n_groups)
+    of_group = np.sort(grouped, axis=-1)[..., -min(best, E // n_groups) :].sum(-1)  # (..., n_groups)
+    return np.where(top_k(of_group, k_groups)[..., None], grouped, -np.inf).reshape(scores.shape)
 
 
 def spread_scores(rng: np.random.Generator, *shape: int) -> np.ndarray:

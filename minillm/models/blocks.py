@@ -90,6 +90,8 @@ def make_feed_forward(config: Config, rng: np.random.Generator) -> Module:
         rng,
         router=config.router,
         n_shared=config.n_shared_experts,
+        n_groups=config.n_expert_groups,
+        k_groups=config.expert_groups_per_token,
         capacity_factor=config.capacity_factor,
         std=std,
         std_out=std_out,

@@ -12,6 +12,7 @@ from minillm.checks import require, require_one_of, require_positive
 from minillm.functional.feed_forward import GATES
 from minillm.functional.positions import PAIRINGS
 from minillm.functional.rope_scaling import RopeScaling
+from minillm.functional.routing import check_groups
 from minillm.nn.ffn import KINDS as FEED_FORWARDS
 from minillm.nn.layers import INIT_STD
 from minillm.nn.norms import KINDS as NORMS
@@ -72,6 +73,8 @@ class Config:
     experts_per_token: int = 2
     n_shared_experts: int = 0
     router: str = "softmax"
+    n_expert_groups: int = 1  # a token's experts come from a few groups of them: DeepSeek-V3
+    expert_groups_per_token: int = 1
     capacity_factor: float | None = None
     d_latent: int | None = None  # of latent attention: keys and values; d_model / 2
     d_latent_q: int | None = None  # of latent attention: queries; None: not compressed
@@ -152,6 +155,9 @@ class Config:
             require_positive(self.experts_per_token, "Config", "experts_per_token", integer=True)
             fits = self.experts_per_token <= self.n_experts
             require(fits, "Config", "experts_per_token", f"at most {self.n_experts}", self.experts_per_token)
+            check_groups(
+                "Config", self.n_experts, self.n_expert_groups, self.expert_groups_per_token, self.experts_per_token
+            )
         if self.attention == "linear":
             plain = self.positions in ("none", "sinusoidal", "learned") and self.n_kv_heads == self.n_heads
             wanted = "'none', 'sinusoidal' or 'learned' with linear attention, and n_kv_heads = n_heads"

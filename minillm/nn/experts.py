@@ -10,7 +10,15 @@ from minillm.checks import require, require_one_of, require_positive
 from minillm.functional.balance import aux_loss, biased_choice, updated_bias, z_loss
 from minillm.functional.capacity import capacity, drop_overflow, drop_rate, reroute_overflow, rerouted_gates
 from minillm.functional.experts import ACTIVATIONS, GATED
-from minillm.functional.routing import gshard_top2, noisy_logits, switch_top1, top_k, topk_renormalise
+from minillm.functional.routing import (
+    check_groups,
+    gshard_top2,
+    noisy_logits,
+    switch_top1,
+    top_k,
+    topk_renormalise,
+    within_groups,
+)
 from minillm.fused.activations import geglu, swiglu
 from minillm.fused.experts import mixture_of_experts
 from minillm.fused.linear import linear
@@ -57,6 +65,8 @@ class MixtureOfExperts(Module):
     Routers: ``softmax`` over all experts, renormalised over the chosen; ``sigmoid`` with a bias that takes part in the
     choice only (`update_bias`); ``noisy`` top-k; ``switch``, one expert weighted by its probability; ``gshard``, two of
     which a weak second is skipped at random. Noise and skipping need ``rng`` and happen only where it is given.
+    With ``n_groups`` the experts of a token come from the ``k_groups`` best groups: judged by their two largest scores
+    with the bias (``sigmoid``, DeepSeek-V3), or by the largest (``softmax``, V2).
 
     Equation: `router-logits` $\mathbf R=\mathbf X\mathbf W_r$
     Equation: `gating-softmax` $\mathbf P=\mathrm{softmax}(\mathbf R)$, or `gating-sigmoid`
@@ -64,7 +74,8 @@ class MixtureOfExperts(Module):
     Equation: `moe-shared-experts` the K_s shared experts lie side by side in one network of width $K_sd_{\rm ff}$
     Equation: `moe-bias-balancing` the bias enters the choice and no weight
     Shapes: x (..., d_model) -> (..., d_model)
-    Raises: ValueError for k > E, sizes that are not positive, or an unknown router, overflow or activation.
+    Raises: ValueError for k > E or more than the allowed groups hold, sizes that are not positive, groups of unequal
+        size, or an unknown router, overflow or activation.
     Source: notes §8.8; deepseek (MoE); lecture06 (MoE).
     """
 
@@ -78,6 +89,8 @@ class MixtureOfExperts(Module):
         *,
         router: str = "softmax",
         n_shared: int = 0,
+        n_groups: int = 1,
+        k_groups: int = 1,
         capacity_factor: float | None = None,
         overflow: str = "drop",
         activation: str = "swiglu",
@@ -91,6 +104,9 @@ class MixtureOfExperts(Module):
         require(k <= n_experts, where, "k", f"at most the number of experts, {n_experts}", k)
         require_positive(n_shared, where, "n_shared", integer=True, zero_ok=True)
         require_one_of(router, ROUTERS, where, "router")
+        check_groups(where, n_experts, n_groups, k_groups, k)
+        grouping = router in ("sigmoid", "softmax") or n_groups == 1
+        require(grouping, where, "n_groups", f"1 for the router '{router}'", n_groups)
         require_one_of(overflow, OVERFLOWS, where, "overflow")
         require_one_of(activation, ACTIVATIONS, where, "activation")
         require_positive(scale, where, "scale")
@@ -100,6 +116,7 @@ class MixtureOfExperts(Module):
         require(k == fixed_k, where, "k", f"{fixed_k} for the router '{router}'", k)
 
         self.d_model, self.n_experts, self.k, self.router = d_model, n_experts, k, router
+        self.n_groups, self.k_groups = n_groups, k_groups
         self.capacity_factor, self.overflow, self.activation, self.scale = capacity_factor, overflow, activation, scale
         f_in = d_ff * (2 if activation in GATED else 1)
         self.w_router = parameter(rng.normal(0.0, std, size=(n_experts, d_model)))
@@ -138,10 +155,10 @@ class MixtureOfExperts(Module):
             logits = linear(rows, self.w_router)
         if self.bias is not None:
             s = logits.sigmoid()
-            routed = biased_choice(s, self.bias, self.k)
+            routed = biased_choice(s, self.bias, self.k, self.n_groups, self.k_groups)
             return logits, s / s.sum(-1, keepdims=True), topk_renormalise(s, routed) * self.scale, routed
         p = softmax(logits)
-        routed = top_k(p, self.k)
+        routed = top_k(within_groups(p, self.n_groups, self.k_groups, best=1), self.k)
         if self.router == "switch":
             gates = switch_top1(p)
         elif self.router == "gshard":

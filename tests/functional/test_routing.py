@@ -188,3 +188,33 @@ BAD = [
 def test_bad_input_gives_one_clear_error(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.equation("topk-renormalise", "moe-bias-balancing")
+@given(seeds, st.sampled_from([(6, 2, 1), (6, 3, 2), (8, 4, 2), (4, 4, 3), (5, 1, 1)]), st.integers(1, 2))
+@settings(max_examples=25)
+def test_groups_are_those_with_the_largest_sums_of_their_best(seed, sizes, best):
+    E, G, k_groups = sizes
+    s = scores(seed, (7, E))
+    found = routing.within_groups(s, G, k_groups, best)
+    for row, kept in zip(s, found, strict=True):
+        sums = [sorted(group)[-best:] for group in np.split(row, G)]
+        wanted = set(np.argsort([-sum(group) for group in sums])[:k_groups])
+        assert {g for g in range(G) if np.isfinite(np.split(kept, G)[g]).all()} == wanted
+        np.testing.assert_array_equal(kept[np.isfinite(kept)], row[np.isfinite(kept)])
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ((4, 1), "within_groups: n_groups must be a divisor of the number of experts, 6, got 4"),
+        ((3, 4), r"within_groups: k_groups must be an integer in 1\.\.3"),
+        ((3, 0), r"within_groups: k_groups must be an integer in 1\.\.3"),
+        ((0, 1), "within_groups: n_groups must be a positive integer"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups, words):
+    with pytest.raises(ValueError, match=words):
+        routing.within_groups(scores(0, (2, 6)), *groups)
+    with pytest.raises(ValueError, match=r"k must be at most 2, the experts of 1 of 3 groups, got 3"):
+        routing.check_groups("layer", 6, 3, 1, 3)

@@ -1,7 +1,7 @@
 """A randomly initialised DeepSeek-V3 of transformers and our layers with its weights: logits, gradients, caches.
 
 The model: latent attention with low-rank queries, then a dense layer first and experts behind it, with a sigmoid
-router, a bias in the choice, shared experts and a scale. With one group of experts there is no choice of groups.
+router, a bias in the choice, shared experts and a scale; with groups of experts of which a token may visit few.
 """
 
 from types import SimpleNamespace
@@ -33,6 +33,9 @@ VARIANTS = {
     "queries not compressed": {"q_lora_rank": None},
     "half pairing": {"rope_interleave": False},
     "tied": {"tie_word_embeddings": True},
+    "one of two groups": {"n_group": 2, "topk_group": 1},
+    "two of three groups": {"n_group": 3, "topk_group": 2},
+    "every group alone": {"n_group": 3, "topk_group": 3},
 }
 
 
@@ -72,7 +75,18 @@ class Block(Module):
         self.ffn = (
             SwiGLU(D, D_FF, rng)
             if dense
-            else MixtureOfExperts(D, D_EXPERT, EXPERTS, K, rng, router="sigmoid", n_shared=SHARED, scale=scale)
+            else MixtureOfExperts(
+                D,
+                D_EXPERT,
+                EXPERTS,
+                K,
+                rng,
+                router="sigmoid",
+                n_shared=SHARED,
+                scale=scale,
+                n_groups=theirs.n_group,
+                k_groups=theirs.topk_group,
+            )
         )
 
 
@@ -181,6 +195,25 @@ def test_the_bias_decides_choices():
         for block in ours.blocks[1:]:
             block.ffn.bias.data[...] = 0.0
         assert np.abs(ours(ids).data - with_bias).max() > 1e-2
+
+
+@pytest.mark.equation("topk-renormalise")
+@pytest.mark.parametrize("variant", ["one of two groups", "two of three groups"])
+def test_groups_change_choices_and_bound_how_many_are_visited(variant):
+    """So the parity above has tested them."""
+    _, ours = pair(**VARIANTS[variant])
+    moe = ours.blocks[-1].ffn
+    x = Tensor(np.random.default_rng(0).normal(size=(200, D)).astype(np.float32))
+    record: list = []
+    with no_grad():
+        moe(x, record)
+        G = moe.n_groups
+        visited = record[0].routed.reshape(200, G, EXPERTS // G).any(-1).sum(-1)
+        assert visited.max() <= moe.k_groups
+        moe.n_groups = moe.k_groups = 1
+        moe(x, record)
+    changed = (record[0].routed != record[1].routed).any(-1).mean()
+    assert 0.05 < changed < 1
 
 
 @pytest.mark.equation("mla-absorb", "kv-cache-mla", "kv-cache")
