@@ -136,6 +136,8 @@ def _compile(options: argparse.Namespace, families: Sequence[str], arguments: Se
     failed = [row for row in rows if not row["ok"]]
     for row in failed:
         _say(f"{row['kernel']} {row['config']} {row['target']}: {'; '.join(row['problems'])}")
+    for remark in dict.fromkeys(f"{row['kernel']} on {row['target']}: {r}" for row in rows for r in row["remarks"]):
+        _say(f"to know: {remark}")
     _say(f"{len(rows) - len(failed)} of {len(rows)} builds are as expected (ptxas {aot.assembler_version()})")
     return 1 if failed else 0
 

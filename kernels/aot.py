@@ -17,9 +17,10 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kernels import sass
+from kernels import ir, sass
 from kernels.sass import MemoryCounts
 
 TARGETS = {
@@ -81,6 +82,7 @@ class Build:
     stages: int = 1
     targets: Sequence[str] | None = None
     expect: Callable[["Compiled", str], list[str]] | None = None
+    shipped: bool = True  # False: only there to see that a specialisation compiles (`inspection`)
 
     @property
     def kernel(self) -> str:
@@ -118,24 +120,46 @@ class Compiled:
         return self.memory.reads[128] * 16 * self.threads, self.memory.writes[128] * 16 * self.threads
 
 
+class CompilationFailed(RuntimeError):
+    """The compiler refused a build; the message says which and with what words."""
+
+
 def compile_builds(builds: Sequence[Build], target: str) -> Iterator[Compiled]:
     """Compile builds for one target and read the results, in order. Builds of other targets are left out.
+
+    Raises CompilationFailed where a build does not compile; `attempt` goes on with the others.
+    """
+    for found in attempt(builds, target):
+        if isinstance(found, CompilationFailed):
+            raise found
+        yield found
+
+
+def attempt(builds: Sequence[Build], target: str) -> Iterator[Compiled | CompilationFailed]:
+    """As `compile_builds`, with the error in the place of what did not compile.
 
     Starting the disassembler costs more than a compilation, so all kernels of a call go through it at once.
     """
     machine = TARGETS[target]
-    results = [_compile(build, machine) for build in builds if build.is_for(target)]
-    threads = [result.metadata.num_warps * machine.warp_size for result in results]
-    if machine.backend == "hip":
-        for result, count in zip(results, threads):
-            yield _read_amdgcn(result.asm["amdgcn"], result, count)
-        return
-    listings = _disassemble([result.asm["cubin"] for result in results], target)
-    for listing, result, count in zip(listings, results, threads):
-        yield _read_cubin(result.asm["cubin"], listing, result, count)
+    results = [_try(build, machine) for build in builds if build.is_for(target)]
+    there = [result for result in results if not isinstance(result, CompilationFailed)]
+    listings = iter(
+        [r.asm["amdgcn"] for r in there]
+        if machine.backend == "hip"
+        else _disassemble([r.asm["cubin"] for r in there], target)
+    )
+    for result in results:
+        if isinstance(result, CompilationFailed):
+            yield result
+            continue
+        threads = result.metadata.num_warps * machine.warp_size
+        if machine.backend == "hip":
+            yield _read_amdgcn(next(listings), result, threads)
+        else:
+            yield _read_cubin(result.asm["cubin"], next(listings), result, threads)
 
 
-def _compile(build: Build, machine: GPUTarget) -> Any:
+def _try(build: Build, machine: GPUTarget) -> Any:
     if not isinstance(build.function, triton.JITFunction):
         raise RuntimeError(
             "kernels.aot: ahead-of-time compilation needs a process without TRITON_INTERPRET. "
@@ -144,6 +168,14 @@ def _compile(build: Build, machine: GPUTarget) -> Any:
     names = list(build.arguments)
     if names != build.function.arg_names:
         raise ValueError(f"kernels.aot: {build.kernel} takes {build.function.arg_names}, got {names}.")
+    try:
+        return _compile(build, machine)
+    except Exception as error:  # the compiler's own: a refused program, a pass that failed, the assembler
+        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        return CompilationFailed(f"{build.kernel} {build.config}: {type(error).__name__}: {last[0]}")
+
+
+def _compile(build: Build, machine: GPUTarget) -> Any:
     source = ASTSource(
         fn=build.function,
         signature={name: argument.kind for name, argument in build.arguments.items()},
@@ -163,14 +195,19 @@ def _run(*command: str) -> str:
 
 
 @functools.cache
-def assembler_version() -> str:
-    """The version of the assembler in use (TRITON_PTXAS_PATH overrides the bundled one)."""
-    return sass.version_of(_run(os.environ.get("TRITON_PTXAS_PATH") or _tool("ptxas"), "--version"))
+def assembler_version(target: str = "sm_90") -> str:
+    """The version of the assembler that Triton uses for a target (TRITON_PTXAS_PATH overrides the bundled one)."""
+    machine = TARGETS[target]
+    if machine.backend == "hip":
+        return "llvm"
+    return sass.version_of(_run(get_ptxas(int(machine.arch)).path, "--version"))
 
 
 def _disassemble(cubins: Sequence[bytes], target: str) -> list[str]:
     """The listings of several kernels: their machine code laid end to end, disassembled, and cut apart again."""
     codes = [sass.machine_code(cubin) for cubin in cubins]
+    if not cubins:
+        return []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "code.bin")
         path.write_bytes(b"".join(codes))
@@ -201,7 +238,7 @@ def _compiled(result: Any, counts: sass.Counts, used: Mapping[str, int], threads
     return Compiled(
         **used, shared=result.metadata.shared, tensor_core=counts.tensor_core, atomics=counts.atomics,
         doubles=counts.doubles, memory=counts.memory, threads=threads,
-        short_offsets=sass.short_offsets(result.asm["ttir"]), assembly=listing,
+        short_offsets=ir.short_offsets(result.asm["ttir"]), assembly=listing,
         instructions=counts.instructions, ttir=result.asm["ttir"], ttgir=result.asm["ttgir"],
         register_a=sass.register_operands(result.asm["ttgir"]),
     )  # fmt: skip

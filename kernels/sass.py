@@ -31,6 +31,7 @@ class Counts:
 TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
 _CUDA_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+\S")
+_JUMP = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)")
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]\w+)", re.MULTILINE)
 
 
@@ -139,11 +140,29 @@ def cut(listing: str, lengths: list[int]) -> list[str]:
     return ["\n".join(part) for part in parts]
 
 
-def short_offsets(ttir: str) -> int:
-    """How many pointers of a Triton IR listing get an offset of 32 bits, which wraps silently past 2^31."""
-    return len(
-        re.findall(r"tt\.addptr [^\n]*(?:xi32>|, i32) loc|tt\.addptr [^\n]*(?:xi32>|, i32)$", ttir, re.MULTILINE)
-    )
+def busiest_loop(listing: str) -> Counter:
+    """Instructions by family, IMAD.WIDE apart, of the innermost loop with the most tensor-core instructions.
+
+    A loop is what lies between a jump backwards and its goal. Empty where no loop has such an instruction.
+    """
+    lines = [(int(found.group(1), 16), line) for line in listing.splitlines() if (found := _ADDRESS.match(line))]
+    best: Counter = Counter()
+    for address, line in lines:
+        jump = _JUMP.search(line)
+        if jump and int(jump.group(1), 16) < address:
+            inside = "\n".join(text for at, text in lines if int(jump.group(1), 16) <= at <= address)
+            if any(_is_jump_back(text) for text in inside.splitlines()[:-1]):
+                continue  # not innermost
+            counts = count_cuda(inside)
+            if counts.tensor_core > sum(best[name] for name in TENSOR_CORE):
+                best = counts.instructions
+                best["IMAD.WIDE"] = inside.count("IMAD.WIDE")
+    return best
+
+
+def _is_jump_back(line: str) -> bool:
+    address, jump = _ADDRESS.match(line), _JUMP.search(line)
+    return bool(address and jump and int(jump.group(1), 16) < int(address.group(1), 16))
 
 
 def register_operands(ttgir: str) -> int:

@@ -90,16 +90,6 @@ def test_machine_code_of_a_cubin():
         sass.machine_code(elf(b"0123").replace(b".text.", b".data."))
 
 
-def test_short_offsets():
-    ttir = """
-    %a = tt.addptr %x, %o : tensor<16x!tt.ptr<f32>>, tensor<16xi32> loc(#loc1)
-    %b = tt.addptr %x, %o : !tt.ptr<f32>, i32 loc(#loc2)
-    %c = tt.addptr %x, %o : tensor<16x!tt.ptr<f32>>, tensor<16xi64> loc(#loc3)
-    %d = tt.addptr %x, %o : !tt.ptr<i32>, i64
-    """
-    assert sass.short_offsets(ttir) == 2
-
-
 # ---- the verdict on a build
 
 
