@@ -28,7 +28,7 @@ from kernels.device import dot
 
 @triton.jit(do_not_specialize=["H", "L_q", "n_rows"])
 def _delta_kernel(
-    O, DO, DLSE, DELTA,
+    OUT, DO, DLSE, DELTA,
     n_rows, H, L_q,
     stride_o_batch, stride_o_head, stride_o_row,
     stride_do_batch, stride_do_head, stride_do_row, stride_do_col,
@@ -43,7 +43,7 @@ def _delta_kernel(
     mask = there[:, None] & (dv < DV)[None, :]
     at_o = batch * stride_o_batch + head * stride_o_head + i * stride_o_row
     at_do = batch * stride_do_batch + head * stride_do_head + i * stride_do_row
-    o = tl.load(O + at_o[:, None] + dv[None, :], mask=mask, other=0.0).to(tl.float32)
+    o = tl.load(OUT + at_o[:, None] + dv[None, :], mask=mask, other=0.0).to(tl.float32)
     do = tl.load(DO + at_do[:, None] + dv[None, :] * stride_do_col, mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(o * do, axis=1)
     if DLSE is not None:
@@ -74,7 +74,7 @@ def _pass_queries(
     CAPPED: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what the queries from start to stop of one head send back. Tiles are (keys, queries)."""
-    for m in tl.range(start, stop, BLOCK_M):
+    for m in range(start, stop, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         far = tl.cast(m, tl.int64)
         there = rows < L_q
@@ -193,7 +193,7 @@ def _pass_keys_back(
     CAPPED: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add to dq what the keys from start to stop send back."""
-    for n in tl.range(start, stop, BLOCK_N):
+    for n in range(start, stop, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         row = tl.cast(n, tl.int64)
         visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])

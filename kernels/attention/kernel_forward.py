@@ -50,7 +50,7 @@ def _pass_keys(
     CAPPED: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from start to stop into the running softmax. Scores and ``top`` are in units of log 2."""
-    for n in tl.range(start, stop, BLOCK_N):
+    for n in range(start, stop, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         row = tl.cast(n, tl.int64)
         k = tile_of(K + row * stride_k_row, at_k, cols < n_keys, in_d, MASKED, EVEN_D)  # (BLOCK_N, BLOCK_D)
@@ -81,7 +81,7 @@ def _pass_keys(
 
 @triton.jit(do_not_specialize=["H", "group", "L_q", "L_k", "offset", "window"])
 def _forward_kernel(
-    Q, K, V, O, LSE, KEY_LENGTHS, PREFIX, LO, HI,
+    Q, K, V, OUT, LSE, KEY_LENGTHS, PREFIX, LO, HI,
     H, group, L_q, L_k, offset, window, scale, cap,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
@@ -93,7 +93,7 @@ def _forward_kernel(
     """One block of queries of one head: its outputs and log-sum-exps.
 
     KEY_LENGTHS (B,), PREFIX (B,) and LO, HI (L_q,), the intervals of packed documents, may be None. LSE (B, H, L_q) is
-    contiguous, O has unit columns. Query head h reads key/value head h // group. Blocks of a causal mask are
+    contiguous, OUT has unit columns. Query head h reads key/value head h // group. Blocks of a causal mask are
     taken from the last, which has most to do, so that the short ones fill the gaps at the end.
     """
     program = tl.program_id(0)
@@ -163,6 +163,6 @@ def _forward_kernel(
     lse = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
     tl.store(LSE + (b * H + h) * L_q + far, lse, mask=rows < L_q)
     tl.store(
-        O + b * stride_o_batch + h * stride_o_head + far[:, None] * stride_o_row + dv[None, :],
-        a.to(O.dtype.element_ty), mask=(rows < L_q)[:, None] & in_dv[None, :],
+        OUT + b * stride_o_batch + h * stride_o_head + far[:, None] * stride_o_row + dv[None, :],
+        a.to(OUT.dtype.element_ty), mask=(rows < L_q)[:, None] & in_dv[None, :],
     )  # fmt: skip

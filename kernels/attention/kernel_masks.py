@@ -67,7 +67,7 @@ def _document(STARTS, i, n_documents, STEPS: tl.constexpr):
     """The last document that starts at or before i, by bisection: empty documents before it are passed over."""
     low = i * 0
     high = low + n_documents
-    for _ in tl.static_range(STEPS):
+    for _ in range(STEPS):
         middle = (low + high + 1) // 2
         start = tl.load(STARTS + middle.to(tl.int64))  # starts has n_documents + 1 entries, so this is inside
         up = start.to(tl.int32) <= i

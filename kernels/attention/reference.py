@@ -73,5 +73,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, keep: np.ndarray, scale, softcap) -
         scores = output_head.softcap(scores, softcap)
     out = attention_weights(scores, keep) @ repeat_heads(v, times)
     some = keep.any(-1)  # (B, H, L_q): a query that sees nothing has the logarithm of 0
-    seen = where(keep | ~some[..., None], where(keep, scores, 0.0), -np.inf)
+    seen = where(keep | ~np.expand_dims(some, -1), where(keep, scores, 0.0), -np.inf)
     return out, where(some, logsumexp(seen), -np.inf)

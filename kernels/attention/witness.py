@@ -50,10 +50,14 @@ def wrong(
     pattern, keep = _pattern(mask, L_q, L_k, device)
     q, k, v, do = _operands(generator, keep, d, d_v, H)
     truth = _exact(q, k, v, do, keep)
-    placed = [t.float().to(dtype).to(device) for t in (q, k, v, do)]
-    o, lse = launch.forward(*placed[:3], pattern, SCALE, None, plan and plan.forward)
-    found = [o, *launch.backward(placed[3], None, *placed[:3], o, lse, pattern, SCALE, None, plan)]
-    scaled = [truth[0].float(), *(t.float() * torch.tensor(SCALE, dtype=torch.float32) for t in truth[1:3]), truth[3].float()]
+    q, k, v, do = (t.float().to(dtype).to(device) for t in (q, k, v, do))
+    o, lse = launch.forward(q, k, v, pattern, SCALE, None, plan and plan.forward)
+    found = [o, *launch.backward(do, None, q, k, v, o, lse, pattern, SCALE, None, plan)]
+    scaled = [
+        truth[0].float(),
+        *(t.float() * torch.tensor(SCALE, dtype=torch.float32) for t in truth[1:3]),
+        truth[3].float(),
+    ]
     return sum(mismatches(a + 0.0, b.to(dtype).to(device) + 0.0) for a, b in zip(found, scaled))
 
 
