@@ -51,14 +51,14 @@ def scaled_dot_product_attention(
     lse = scratch.empty((B, H_kv, H // H_kv, 1, L_q), q.dtype)
     q5, o5, k5, v5 = blocks.by_kv_head(scaled, H_kv), blocks.by_kv_head(out, H_kv), k[:, :, None], v[:, :, None]
     work = blocks.tasks(B, H_kv, H // H_kv, L_q, L_k, q.itemsize, causal)
-    blocks.forward(q5, k5, v5, o5, lse, pattern, work)
+    kept = blocks.forward(q5, k5, v5, o5, lse, pattern, work, keep=is_recording())
 
     def vjp(dy):
         dq, dk, dv = (scratch.empty(a.shape, q.dtype) for a in (q, k, v))
         delta = np.einsum("bhld,bhld->bhl", dy, out).reshape(lse.shape)
         do5, dq5 = blocks.by_kv_head(dy, H_kv), blocks.by_kv_head(dq, H_kv)
         dbias = np.zeros(pattern.bias.shape, q.dtype) if learnt and pattern.bias is not None else None
-        blocks.backward(q5, k5, v5, lse, delta, do5, dq5, dk[:, :, None], dv[:, :, None], dbias, pattern, work)
+        blocks.backward(q5, k5, v5, lse, delta, do5, dq5, dk[:, :, None], dv[:, :, None], dbias, pattern, work, kept)
         dq *= factor
         for_bias = None if bias is None or dbias is None else dbias.reshape(bias.shape)
         return (dq, dk, dv, None, for_bias)[: len(wanted)]
@@ -95,7 +95,7 @@ def rotary_attention(
     lse = scratch.empty((B, H_kv, H // H_kv, 1, L), qkv.dtype)
     q, k, v, o = _by_head(qk, value, out, H, H_kv)
     pattern, work = Pattern(L, L, causal=True), blocks.tasks(B, H_kv, H // H_kv, L, L, qkv.itemsize, causal=True)
-    blocks.forward(q, k, v, o, lse, pattern, work)
+    kept = blocks.forward(q, k, v, o, lse, pattern, work, keep=is_recording())
 
     def vjp(dy):
         dqkv = scratch.empty((B, L, H + 2 * H_kv, d_head), qkv.dtype)
@@ -104,7 +104,7 @@ def rotary_attention(
         dq, dk, dv, do = _by_head(dqk, dqkv[:, :, H + H_kv :], d_out, H, H_kv)
         delta = np.multiply(d_out, out, out=scratch.empty(out.shape, qkv.dtype)) @ np.ones(d_head, qkv.dtype)
         delta = delta.transpose(0, 2, 1).reshape(lse.shape)
-        blocks.backward(q, k, v, lse, delta, do, dq, dk, dv, None, pattern, work)
+        blocks.backward(q, k, v, lse, delta, do, dq, dk, dv, None, pattern, work, kept)
         turn.backward(dqk, dqkv)
         return dqkv.reshape(qkv.shape)
 

@@ -1,4 +1,4 @@
-r"""The work of attention in blocks of queries, with no $L\times L$ memory.
+r"""The work of attention in blocks of queries, with no $L\times L$ memory where that is much.
 
 How it is cut. A task is a group of sequences and heads and a block of queries $[i_0,i_1)$; it sees a range of keys
 and no others, so most of what a causal mask or a window hides is never computed. Scores are kept transposed,
@@ -7,7 +7,8 @@ NumPy adds whole vectors. Only the edges of the range need a mask.
 
 What is kept. The output and one number per query and head, the logarithm of the normaliser, from which the backward
 pass makes the probabilities again: $P=\exp(S-\mathrm{LSE})$. A query that sees nothing has $\mathrm{LSE}=+\infty$,
-and so no probability anywhere.
+and so no probability anywhere. Making them again costs a matrix product and an exponential, a quarter of the whole; so
+where all of $P$ is small (`KEPT_BYTES`), as in the training steps of small models, it is kept instead.
 
 The gradient. With $O=PV$: $\bar V=P^\top\bar O$ and $\bar P=\bar OV^\top$. The softmax gives
 $\bar S=P\odot(\bar P-\delta)$ with $\delta_i=\sum_j\bar P_{ij}P_{ij}=\sum_d\bar O_{id}O_{id}$. Then
@@ -28,6 +29,7 @@ from minillm.autograd import scratch
 
 QUERY_BLOCK = 64  # narrow blocks skip more of what a causal mask hides; where little or nothing is, they are widened
 GROUP_BYTES = 1 << 20  # scores of one task: they should stay in the second-level cache
+KEPT_BYTES = 1 << 26  # of probabilities kept for the backward pass by one call; if there were more, none is
 
 Block = tuple[int, int]
 
@@ -44,6 +46,10 @@ class Task:
     def of(self, array: np.ndarray) -> np.ndarray:
         """The part of a five-dimensional array that belongs to this task, all positions of it."""
         return array[self.rows, self.heads]
+
+    def scores(self, q: np.ndarray, keys: Block) -> int:
+        """How many scores the task has over a range of keys."""
+        return self.of(q)[..., 0, 0].size * (self.block[1] - self.block[0]) * (keys[1] - keys[0])
 
 
 def block_size(L_q: int, causal: bool) -> int:
@@ -147,20 +153,32 @@ def _scores(q: np.ndarray, k: np.ndarray, pattern: Pattern, task: Task, keys: Bl
     return s
 
 
-def forward(q, k, v, o, lse, pattern: Pattern, work: list[Task]) -> None:
-    """Fill the output o and the log-normalisers lse (b, H_kv, H / H_kv, 1, L_q); queries come scaled."""
+Kept = list[np.ndarray | None]  # the probabilities of each task, None where they have to be made again
+
+
+def forward(q, k, v, o, lse, pattern: Pattern, work: list[Task], keep: bool = False) -> Kept:
+    """Fill the output o and the log-normalisers lse (b, H_kv, H / H_kv, 1, L_q); queries come scaled.
+
+    Returns the probabilities of every task, if they are to be kept and are few enough.
+    """
     may_be_empty = pattern.keep is not None or (pattern.causal and pattern.own < 0)
-    for task in work:
-        _forward_block(task.of(q), task.of(k), task.of(v), task.of(o), task.of(lse), pattern, task, may_be_empty)
+    keep = keep and q.itemsize * sum(task.scores(q, pattern.keys(task.block)) for task in work) <= KEPT_BYTES
+    return [
+        _forward_block(
+            task.of(q), task.of(k), task.of(v), task.of(o), task.of(lse), pattern, task, may_be_empty, keep
+        )
+        for task in work
+    ]  # fmt: skip
 
 
-def _forward_block(q, k, v, o, lse, pattern: Pattern, task: Task, may_be_empty: bool) -> None:
+def _forward_block(q, k, v, o, lse, pattern: Pattern, task: Task, may_be_empty: bool, keep: bool) -> np.ndarray | None:
+    """One task's part of the output and the log-normalisers; its probabilities if they are to be kept."""
     start, stop = task.block
     keys = pattern.keys(task.block)
     out = o[..., start:stop, :]
     if keys[0] == keys[1]:
         out[...], lse[..., start:stop] = 0, np.inf
-        return
+        return None
     s = _scores(q, k, pattern, task, keys)
     top = s.max(-2, keepdims=True)  # (b, H_kv, H / H_kv, 1, queries)
     if may_be_empty:
@@ -168,27 +186,32 @@ def _forward_block(q, k, v, o, lse, pattern: Pattern, task: Task, may_be_empty: 
     s -= top
     np.exp(s, out=s)
     total = np.ones((1, keys[1] - keys[0]), s.dtype) @ s
-    np.matmul(s.swapaxes(-1, -2), v[..., slice(*keys), :], out=out)
     if may_be_empty:
         total[total == 0] = np.inf  # 0 / inf is 0, and the logarithm is the infinity wanted
-    out /= total.swapaxes(-1, -2)
     np.add(np.log(total), top, out=lse[..., start:stop])
+    if keep:
+        s *= 1 / total
+        np.matmul(s.swapaxes(-1, -2), v[..., slice(*keys), :], out=out)
+        return s
+    np.matmul(s.swapaxes(-1, -2), v[..., slice(*keys), :], out=out)
+    out /= total.swapaxes(-1, -2)
+    return None
 
 
-def backward(q, k, v, lse, delta, do, dq, dk, dv, dbias, pattern: Pattern, work: list[Task]) -> None:
+def backward(q, k, v, lse, delta, do, dq, dk, dv, dbias, pattern: Pattern, work: list[Task], kept: Kept) -> None:
     """Fill dq, dk and dv, and add to dbias, if it is not None, what arrives at the bias."""
-    for task in work:
+    for task, p in zip(work, kept, strict=True):
         if task.first and not pattern.covers_all_keys(task.block):
             task.of(dk)[...] = 0
             task.of(dv)[...] = 0
         mine = task.of
         _backward_block(
             mine(q), mine(k), mine(v), mine(lse), mine(delta), mine(do), mine(dq), mine(dk), mine(dv),
-            dbias, pattern, task,
+            dbias, pattern, task, p,
         )  # fmt: skip
 
 
-def _backward_block(q, k, v, lse, delta, do, dq, dk, dv, dbias, pattern: Pattern, task: Task) -> None:
+def _backward_block(q, k, v, lse, delta, do, dq, dk, dv, dbias, pattern: Pattern, task: Task, p) -> None:
     start, stop = task.block
     low, high = pattern.keys(task.block)
     queries, keys = np.s_[..., start:stop, :], np.s_[..., low:high, :]
@@ -196,9 +219,10 @@ def _backward_block(q, k, v, lse, delta, do, dq, dk, dv, dbias, pattern: Pattern
         dq[queries] = 0
         return
     first = task.first and pattern.covers_all_keys(task.block)
-    p = _scores(q, k, pattern, task, (low, high))
-    p -= lse[..., start:stop]
-    np.exp(p, out=p)
+    if p is None:
+        p = _scores(q, k, pattern, task, (low, high))
+        p -= lse[..., start:stop]
+        np.exp(p, out=p)
     ds = np.matmul(v[keys], do[queries].swapaxes(-1, -2), out=scratch.empty(p.shape, p.dtype))
     _accumulate(dv, p, do[queries], keys, first)
     ds -= delta[..., start:stop]

@@ -17,14 +17,14 @@ from tests import forms, strategies
 
 
 @contextmanager
-def cut(block: int, group_bytes: int):
-    """Blocks and groups of a size that small problems have several of."""
-    before = blocks.QUERY_BLOCK, blocks.GROUP_BYTES
-    blocks.QUERY_BLOCK, blocks.GROUP_BYTES = block, group_bytes
+def cut(block: int, group_bytes: int, kept: bool = False):
+    """Blocks and groups of a size that small problems have several of; probabilities kept or made again."""
+    before = blocks.QUERY_BLOCK, blocks.GROUP_BYTES, blocks.KEPT_BYTES
+    blocks.QUERY_BLOCK, blocks.GROUP_BYTES, blocks.KEPT_BYTES = block, group_bytes, 1 << 26 if kept else 0
     try:
         yield
     finally:
-        blocks.QUERY_BLOCK, blocks.GROUP_BYTES = before
+        blocks.QUERY_BLOCK, blocks.GROUP_BYTES, blocks.KEPT_BYTES = before
 
 
 def problem(seed: int, B: int, L: int, H: int, H_kv: int, pairing: str):
@@ -43,15 +43,16 @@ def problem(seed: int, B: int, L: int, H: int, H_kv: int, pairing: str):
     block=st.integers(1, 4),
     group=st.integers(1, 3),
     pairing=st.sampled_from(["interleaved", "half"]),
+    kept=st.booleans(),
 )
-def test_groups_of_sequences_and_blocks_of_queries_do_not_show(seed, B, L, heads, block, group, pairing):
+def test_groups_of_sequences_and_blocks_of_queries_do_not_show(seed, B, L, heads, block, group, pairing, kept):
     """Sizes that a real run reaches only with long contexts and large batches, made small here."""
     H, H_kv = heads
     qkv, how = problem(seed, B, L, H, H_kv, pairing)
     wanted = forms.evaluate(written.rotary_attention, (qkv,), how)
     with cut(block, 0):
         actual_block = blocks.block_size(L, causal=True)
-    with cut(block, group * H * L * actual_block * qkv.itemsize):
+    with cut(block, group * H * L * actual_block * qkv.itemsize, kept):
         work = blocks.tasks(B, H_kv, H // H_kv, L, L, qkv.itemsize, causal=True)
         assert len({task.rows.start for task in work}) == -(-B // group)
         found = forms.evaluate(fused.rotary_attention, (qkv,), how)
@@ -70,8 +71,9 @@ def test_groups_of_sequences_and_blocks_of_queries_do_not_show(seed, B, L, heads
     bias_shape=st.sampled_from([None, "BHqk", "qk", "B11k", "1Hqk"]),
     block=st.integers(1, 4),
     group_bytes=st.sampled_from([1, 300, 1 << 20]),
+    kept=st.booleans(),
 )
-def test_any_pattern_however_it_is_cut(seed, sizes, heads, pattern, keep_shape, bias_shape, block, group_bytes):
+def test_any_pattern_however_it_is_cut(seed, sizes, heads, pattern, keep_shape, bias_shape, block, group_bytes, kept):
     """Masks, biases, windows, other lengths of queries and keys, rows that see nothing; value and gradient."""
     rng, (B, L_q, L_k), (H, H_kv) = np.random.default_rng(seed), sizes, heads
     lengths = {"B": B, "H": H, "q": L_q, "k": L_k, "1": 1}
@@ -79,10 +81,28 @@ def test_any_pattern_however_it_is_cut(seed, sizes, heads, pattern, keep_shape, 
     keep = None if keep is None else keep > -0.5
     q, k, v = (rng.normal(size=size) for size in ((B, H, L_q, 3), (B, H_kv, L_k, 3), (B, H_kv, L_k, 2)))
     wanted = forms.evaluate(written.scaled_dot_product_attention, (q, k, v, keep, bias), pattern)
-    with cut(block, group_bytes):
+    with cut(block, group_bytes, kept):
         found = forms.evaluate(fused.scaled_dot_product_attention, (q, k, v, keep, bias), pattern)
     for a, b in zip(found.arrays, wanted.arrays, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.equation("flash-attention")
+def test_probabilities_are_kept_for_the_backward_pass_only_where_they_are_few():
+    """And never where nothing is recorded."""
+    q = np.ones((1, 1, 8, 2), np.float32)
+    pattern = blocks.Pattern(8, 8)
+
+    def kept(limit: int, keep: bool = True) -> list[bool]:
+        with cut(1, 1):  # blocks of four queries
+            blocks.KEPT_BYTES = limit
+            q5, out, lse = q[:, :, None], np.empty((1, 1, 1, 8, 2), np.float32), np.empty((1, 1, 1, 1, 8), np.float32)
+            work = blocks.tasks(1, 1, 1, 8, 8, 4, causal=False)
+            return [p is not None for p in blocks.forward(q5, q5, q5, out, lse, pattern, work, keep)]
+
+    assert kept(8 * 8 * 4) == [True, True]
+    assert kept(8 * 8 * 4 - 1) == [False, False]
+    assert kept(1 << 26, keep=False) == [False, False]
 
 
 @pytest.mark.equation("kv-cache", "gqa")
