@@ -57,7 +57,8 @@ def multi_head_attention(
 def _example_dropout(rng):
     arrays = tuple(rng.normal(size=(2, 2, 3, 2)) for _ in range(3))
     dropped = [None, rng.random((2, 2, 3, 3)) < 0.4][rng.integers(2)]
-    return arrays, {"keep": causal_mask(3), "rate": 0.4, "dropped": dropped}
+    more = [{}, {"bias": rng.normal(size=(2, 3, 3)), "scale": 0.6}][rng.integers(2)]
+    return arrays, {"keep": causal_mask(3), "rate": 0.4, "dropped": dropped, **more}
 
 
 @written("attention_with_dropout", example=_example_dropout)
@@ -69,6 +70,8 @@ def attention_with_dropout(
     *,
     rate: float,
     dropped: Bool[np.ndarray, "B H L_q L_k"] | None = None,
+    bias: Any = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "B H L_q d_v"]:
     r"""Attention that forgets some of its weights in training.
 
@@ -80,7 +83,8 @@ def attention_with_dropout(
     """
     check_rate("attention_with_dropout", rate)
     times = check_attention(q, k, v)
-    weights = attention_weights(scaled_scores(q, repeat_heads(k, times)), keep)
+    scores = scaled_scores(q, repeat_heads(k, times), scale)
+    weights = attention_weights(scores if bias is None else scores + bias, keep)
     if dropped is not None:
         fits = dropped.shape == weights.shape and dropped.dtype == bool
         require(fits, "attention_with_dropout", "dropped", f"boolean of shape {weights.shape}", dropped)

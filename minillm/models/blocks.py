@@ -9,6 +9,7 @@ from minillm.autograd import Tensor
 from minillm.functional.dropout import draw_kept, droppath
 from minillm.models.config import Config
 from minillm.nn.cross_cache import BlockCache
+from minillm.nn.dropout import Dropout
 from minillm.nn.experts import MixtureOfExperts
 from minillm.nn.ffn import FeedForward
 from minillm.nn.latent_attention import LatentAttention
@@ -16,7 +17,8 @@ from minillm.nn.linear_attention import LinearAttention
 from minillm.nn.module import Module, parameter
 from minillm.nn.multi_head import MultiHeadAttention
 from minillm.nn.norms import make_norm
-from minillm.nn.positions import NoPositions
+from minillm.nn.positions import NoPositions, ShawPositions
+from minillm.nn.shaw_attention import ShawAttention
 
 
 def spread_out(config: Config) -> float:
@@ -31,10 +33,12 @@ def score_scale(config: Config) -> float | None:
 
 def make_heads(config: Config, positions: NoPositions, causal: bool, rng: np.random.Generator) -> MultiHeadAttention:
     """Attention by heads: multi-head, grouped or multi-query, with or without a window."""
-    return MultiHeadAttention(
+    shaw: dict[str, Any] = {"distance": positions.distance} if isinstance(positions, ShawPositions) else {}
+    return (ShawAttention if shaw else MultiHeadAttention)(
         config.d_model,
         config.n_heads,
         rng,
+        **shaw,
         n_kv_heads=config.n_kv_heads,
         d_head=config.d_head,
         causal=causal,
@@ -44,6 +48,7 @@ def make_heads(config: Config, positions: NoPositions, causal: bool, rng: np.ran
         qk_norm=config.qk_norm,
         norm_eps=config.norm_eps,
         turn=positions.turn if positions.turns else None,
+        dropout=config.attention_dropout,
         std=config.init_std,
         std_out=spread_out(config),
     )
@@ -108,6 +113,7 @@ class TransformerBlock(Module):
     Equation: `branch-scales` ``branches="learnt"``: a learnt weight for each
     Equation: `decoder-block-cross` ``cross=True``: attention to a memory between the two
     Equation: `droppath` a branch is left out for some sequences, where a generator is given
+    Equation: `dropout` entries of a branch are left out, where a generator is given
     Shapes: x (B, L, d_model), memory (B, S, d_model) -> (B, L, d_model)
     Source: notes §8, §8.9.
     """
@@ -123,6 +129,7 @@ class TransformerBlock(Module):
     ):
         self.pre, self.parallel = config.norm_place == "pre", config.layout == "parallel"
         self.halved, self.droppath = config.branches == "halved", config.droppath
+        self.dropout, self.drops_weights = Dropout(config.dropout), config.attention_dropout > 0
         self.attention_norm = make_norm(config.norm, config.d_model, config.norm_eps)
         self.attention: Any = MIXERS[config.attention](config, positions, causal, rng)
         self.cross_norm = make_norm(config.norm, config.d_model, config.norm_eps) if cross else None
@@ -149,12 +156,14 @@ class TransformerBlock(Module):
     ) -> Tensor:
         own, crossed = (cache.attention, cache.cross) if isinstance(cache, BlockCache) else (cache, None)
 
+        chance = {"rng": rng} if self.drops_weights else {}
+
         def attend(y: Tensor) -> Tensor:
-            return self.attention(y, keep=keep, bias=bias, positions=positions, cache=own)
+            return self.attention(y, keep=keep, bias=bias, positions=positions, cache=own, **chance)
 
         def look(y: Tensor) -> Tensor:
             assert self.cross is not None
-            return self.cross(y, memory=memory, keep=memory_keep, cache=crossed)
+            return self.cross(y, memory=memory, keep=memory_keep, cache=crossed, **chance)
 
         if self.parallel:
             y = self.attention_norm(x)
@@ -178,7 +187,7 @@ class TransformerBlock(Module):
 
     def _add(self, x: Tensor, branch: Tensor, rng: np.random.Generator | None) -> Tensor:
         kept = None if rng is None or not self.droppath else draw_kept((x.shape[0],), self.droppath, rng)
-        return droppath(x, branch, kept, self.droppath)
+        return droppath(x, self.dropout(branch, rng), kept, self.droppath)
 
     def new_cache(self, batch: int, capacity: int, dtype: Any = np.float32) -> Any:
         """An empty cache of this block."""

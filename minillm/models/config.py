@@ -54,6 +54,7 @@ class Config:
     n_encoder_layers: int | None = None  # of an encoder-decoder; as many as n_layers
     head_width: int | None = None  # d_model / n_heads
     positions: str = "rope"
+    shaw_distance: int = 16  # of positions "shaw": farther tokens are all alike
     attention: str = "heads"  # heads: MHA, GQA, MQA by n_kv_heads; latent: DeepSeek's; linear: a running sum
     window: int | None = None
     qk_norm: bool = False
@@ -66,6 +67,8 @@ class Config:
     branches: str = "plain"  # halved: the two parallel branches over the root of 2; learnt: a gain for each branch
     branch_init: float = 0.1
     droppath: float = 0.0
+    dropout: float = 0.0  # of the embedded tokens and of every branch, in training
+    attention_dropout: float = 0.0  # of the weights of attention, in training
     embedding_norm: bool = False
     n_segments: int = 0
     scaled_head: bool = False  # the head reads h / sqrt(d_model), as T5 does with its tied matrix
@@ -94,7 +97,8 @@ class Config:
         for name in ("norm_eps", "init_std", "branch_init"):
             require_positive(getattr(self, name), "Config", name, zero_ok=name == "branch_init")
         require(self.rope_base > 1, "Config", "rope_base", "above 1", self.rope_base)
-        require(0 <= self.droppath < 1, "Config", "droppath", "in [0, 1)", self.droppath)
+        for name in ("droppath", "dropout", "attention_dropout"):
+            require(0 <= getattr(self, name) < 1, "Config", name, "in [0, 1)", getattr(self, name))
 
     def _fill(self, name: str, value: int) -> None:
         if getattr(self, name) is None:
@@ -158,6 +162,15 @@ class Config:
             check_groups(
                 "Config", self.n_experts, self.n_expert_groups, self.expert_groups_per_token, self.experts_per_token
             )
+        by_heads = self.attention == "heads" and self.positions != "shaw"
+        wanted = "0 unless attention is by heads, without Shaw's positions"
+        require(by_heads or not self.attention_dropout, "Config", "attention_dropout", wanted, self.attention_dropout)
+        if self.positions == "shaw":
+            require_positive(self.shaw_distance, "Config", "shaw_distance", integer=True)
+            plain = self.attention == "heads" and self.n_kv_heads == self.n_heads
+            plain = plain and self.window is None and self.divide_scores
+            wanted = "another, or attention by heads with n_kv_heads = n_heads, no window and divided scores"
+            require(plain, "Config", "positions", wanted, self.positions)
         if self.attention == "linear":
             plain = self.positions in ("none", "sinusoidal", "learned") and self.n_kv_heads == self.n_heads
             wanted = "'none', 'sinusoidal' or 'learned' with linear attention, and n_kv_heads = n_heads"

@@ -162,7 +162,7 @@ def count_model(config: Config) -> Parameters:
     n_encoder = (c.n_encoder_layers or c.n_layers) if two_sided else 0
     layers, stacks = c.n_layers + n_encoder, 2 if two_sided else 1
     crossed = c.n_layers if two_sided else 0
-    heads = count_attention(d, c.n_heads, c.n_kv_heads, c.d_head, c.bias) + (2 * c.d_head if c.qk_norm else 0)
+    heads = _heads(c)
     norm = count_norm(d, c.norm)
     outside = stacks * ((c.norm_place == "pre") + c.embedding_norm)
     places = {"learned": c.context * d, "t5": 32 * c.n_heads}.get(c.positions, 0) + c.n_segments * d
@@ -183,6 +183,11 @@ def _mixer(c: Config) -> int:
         return count_mla(c.d_model, c.n_heads, c.d_head, d_c, d_R, c.d_latent_q, latent_norm=True)
     if c.attention == "linear":
         return count_attention(c.d_model, c.n_heads)
+    by_distance = 2 * (2 * c.shaw_distance + 1) * c.d_head if c.positions == "shaw" else 0
+    return _heads(c) + by_distance
+
+
+def _heads(c: Config) -> int:
     return count_attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.bias) + (2 * c.d_head if c.qk_norm else 0)
 
 

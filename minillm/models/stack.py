@@ -10,6 +10,7 @@ from minillm.functional.masks import padding_mask, prefix_mask
 from minillm.models.blocks import TransformerBlock
 from minillm.models.config import Config
 from minillm.nn.cache import ModelCache
+from minillm.nn.dropout import Dropout
 from minillm.nn.layers import Embedding
 from minillm.nn.module import Module
 from minillm.nn.norms import make_norm
@@ -29,6 +30,7 @@ def positions_for(config: Config, rng: np.random.Generator, bidirectional: bool)
         rope_pairing=config.rope_pairing,
         rope_scaling=config.rope_scaling,
         bidirectional=bidirectional,
+        shaw_distance=config.shaw_distance,
         std=config.init_std,
     )
 
@@ -62,6 +64,7 @@ class Stack(Module):
         self.blocks = [
             TransformerBlock(config, self.positions, rng, causal=causal, cross=cross) for _ in range(n_layers)
         ]
+        self.dropout = Dropout(config.dropout)
         pre = config.norm_place == "pre"
         self.final_norm = make_norm(config.norm, config.d_model, config.norm_eps) if pre else None
 
@@ -72,6 +75,7 @@ class Stack(Module):
         *,
         cache: ModelCache | None = None,
         segments: np.ndarray | None = None,
+        rng: np.random.Generator | None = None,
         **through: Any,
     ) -> Tensor:
         x = self.positions.add(x, positions)
@@ -79,11 +83,18 @@ class Stack(Module):
             x = x + self.segments(np.zeros(x.shape[:2], np.int64) if segments is None else np.asarray(segments))
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        bias = self.positions.bias(positions, np.arange(positions[-1] + 1 if cache is not None else len(positions)))
+        x = self.dropout(x, rng)
+        bias = self._bias(positions, cache)
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layer(i)
-            x = block(x, positions=positions, bias=bias, cache=layer, **through)
+            x = block(x, positions=positions, bias=bias, cache=layer, rng=rng, **through)
         return x if self.final_norm is None else self.final_norm(x)
+
+    def _bias(self, positions: np.ndarray, cache: ModelCache | None) -> Any:
+        """What all layers add to their scores; a function where the cache decides which keys are seen, in which order."""
+        if cache is not None and self.config.window is not None and self.positions.biases:
+            return self.positions.bias
+        return self.positions.bias(positions, np.arange(positions[-1] + 1 if cache is not None else len(positions)))
 
     def new_cache(self, batch: int, capacity: int, dtype: Any = np.float32) -> ModelCache:
         """An empty cache of every block."""

@@ -11,6 +11,8 @@ import numpy as np
 
 from minillm.autograd import Tensor
 from minillm.checks import require, require_positive
+from minillm.functional.attention import keep_of
+from minillm.functional.multi_head import attention_with_dropout, check_rate, draw_dropped
 from minillm.fused.attention import scaled_dot_product_attention
 from minillm.fused.linear import linear
 from minillm.fused.norms import rms_norm
@@ -27,12 +29,14 @@ class MultiHeadAttention(Module):
     Equation: `cross-attention` $\mathbf Q=\mathbf Z\mathbf W_q,\ \mathbf K=\mathbf X\mathbf W_k,\ \mathbf V=\mathbf X\mathbf W_v$ with ``memory`` X
     Equation: `self-attention` the same with $\mathbf Z=\mathbf X$
     Equation: `gqa` $g(h)=\lfloor hH_{kv}/H\rfloor$
+    Equation: `attention-dropout` $\mathrm{dropout}(\mathrm{softmax}(\mathbf S))\mathbf V$ in training
     Equation: `vision-text-cross` ``memory`` may be of another modality and width, ``d_memory``
     Shapes: x (B, L, d_model), memory (B, S, d_memory) -> (B, L, d_model)
     Raises: ValueError for head counts that do not divide, a window without causal, or inputs of other widths.
     Source: bridging §1.2; notes §4.1, §4.4, §4.5.
 
-    ``turn(heads, positions)`` rotates queries and keys (`minillm.nn.positions`); ``qk_norm`` divides both by their root
+    ``bias`` is added to the scores: an array, or a function of the positions of queries and keys. ``dropout`` is the
+    rate of `attention-dropout`, where ``rng`` is given. ``turn(heads, positions)`` rotates queries and keys (`minillm.nn.positions`); ``qk_norm`` divides both by their root
     mean square, per head and with gains. With a cache, x holds the new positions only; a `CrossCache` is
     filled by the first call, from ``memory``, and read from then on.
     """
@@ -54,6 +58,7 @@ class MultiHeadAttention(Module):
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         turn: Any = None,
+        dropout: float = 0.0,
         std: float = INIT_STD,
         std_out: float | None = None,
     ):
@@ -69,7 +74,9 @@ class MultiHeadAttention(Module):
         require_positive(d_head, where, "d_head", integer=True)
         require(window is None or causal, where, "window", "left out without causal=True", window)
         self.d_model, self.n_heads, self.n_kv_heads, self.d_head = d_model, n_heads, n_kv_heads, d_head
+        check_rate(where, dropout)
         self.causal, self.window, self.scale, self.turn, self.norm_eps = causal, window, scale, turn, norm_eps
+        self.dropout = dropout
         self.d_memory = d_model if d_memory is None else d_memory
 
         def weight(d_out: int, d_in: int, spread: float) -> Tensor:
@@ -96,15 +103,29 @@ class MultiHeadAttention(Module):
         bias: Any = None,
         positions: np.ndarray | None = None,
         cache: Any = None,
+        rng: np.random.Generator | None = None,
     ) -> Tensor:
+        if positions is None:
+            start = cache.length if cache is not None and memory is None else 0
+            positions = np.arange(start, start + x.shape[1])
         q, k, v = self.project(x, memory, positions, cache)
-        pattern = {"causal": self.causal, "window": self.window}
+        if callable(bias):  # of positions that only the cache knows: a ring keeps its keys in an order of its own
+            bias = bias(positions, np.arange(k.shape[2]) if cache is None else cache.key_positions)
+        pattern: dict[str, Any] = {"causal": self.causal, "window": self.window}
         if cache is not None and memory is None and self.causal:
             keep = self._seen_through(cache, x.shape[1], keep)
             pattern = {}
-        context = scaled_dot_product_attention(q, k, v, keep, bias, scale=self.scale, **pattern)  # (B, H, L, d_head)
+        context = self.mix(q, k, v, keep, bias, pattern, rng)  # (B, H, L, d_head)
         B, H, L, d_head = context.shape
         return linear(context.transpose(1, 2).reshape(B, L, H * d_head), self.w_out, self.b_out)  # (B, L, d_model)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Any, bias: Any, pattern: dict, rng: Any = None) -> Tensor:
+        """Contexts (B, H, L_q, d_head); with a generator, some weights are dropped."""
+        if rng is None or not self.dropout:
+            return scaled_dot_product_attention(q, k, v, keep, bias, scale=self.scale, **pattern)
+        keep = keep_of(q.shape[2], k.shape[2], keep, pattern.get("causal", False), pattern.get("window"))
+        dropped = draw_dropped((*q.shape[:3], k.shape[2]), self.dropout, rng)
+        return attention_with_dropout(q, k, v, keep, rate=self.dropout, dropped=dropped, bias=bias, scale=self.scale)
 
     def project(
         self, x: Tensor, memory: Tensor | None = None, positions: np.ndarray | None = None, cache: Any = None

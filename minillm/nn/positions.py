@@ -30,6 +30,7 @@ class NoPositions(Module):
     """
 
     turns = False
+    biases = False
 
     def add(self, x: Tensor, positions: np.ndarray) -> Tensor:
         """The stream as it is."""
@@ -113,6 +114,8 @@ class AlibiPositions(NoPositions):
     Source: notes §6.
     """
 
+    biases = True
+
     def __init__(self, n_heads: int):
         require_positive(n_heads, "AlibiPositions", "n_heads", integer=True)
         self.n_heads = n_heads
@@ -129,6 +132,8 @@ class BucketPositions(NoPositions):
     Raises: ValueError for an odd number of buckets.
     Source: notes §6.
     """
+
+    biases = True
 
     def __init__(
         self,
@@ -147,7 +152,21 @@ class BucketPositions(NoPositions):
         return relative_bias(self.table, q_positions, k_positions, self.D_max, bidirectional=self.bidirectional)
 
 
-KINDS = ("none", "sinusoidal", "learned", "rope", "alibi", "t5")
+class ShawPositions(NoPositions):
+    r"""A learnt vector for every distance up to c, on keys and on values; every layer's attention has its own.
+
+    Equation: `pos-relative-shaw` $a_{ij}=w_{\mathrm{clip}(j-i,-c,c)}$, in `minillm.nn.shaw_attention`
+    Shapes: x (B, L, d) -> (B, L, d)
+    Raises: ValueError for a distance that is not a positive integer.
+    Source: notes §6; Shaw et al. 2018.
+    """
+
+    def __init__(self, distance: int):
+        require_positive(distance, "ShawPositions", "distance", integer=True)
+        self.distance = distance
+
+
+KINDS = ("none", "sinusoidal", "learned", "rope", "alibi", "t5", "shaw")
 
 
 def make_positions(
@@ -162,6 +181,7 @@ def make_positions(
     rope_pairing: str = "interleaved",
     rope_scaling: RopeScaling | None = None,
     bidirectional: bool = False,
+    shaw_distance: int = 16,
     std: float = INIT_STD,
 ) -> NoPositions:
     """Positions by the name of their kind.
@@ -179,4 +199,6 @@ def make_positions(
         return AlibiPositions(n_heads)
     if kind == "t5":
         return BucketPositions(n_heads, rng, bidirectional=bidirectional, std=std)
+    if kind == "shaw":
+        return ShawPositions(shaw_distance)
     return NoPositions()

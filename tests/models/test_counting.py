@@ -81,7 +81,7 @@ def configs(draw):
         "context": draw(st.integers(1, 9)),
         "tied": draw(st.booleans()),
         "architecture": draw(st.sampled_from(["decoder", "encoder", "prefix", "encoder-decoder"])),
-        "positions": draw(st.sampled_from(["none", "sinusoidal", "learned", "rope", "alibi", "t5"])),
+        "positions": draw(st.sampled_from(["none", "sinusoidal", "learned", "rope", "alibi", "t5", "shaw"])),
         "norm": draw(st.sampled_from(["rmsnorm", "layernorm"])),
         "norm_place": draw(st.sampled_from(["pre", "post"])),
         "branches": draw(st.sampled_from(["plain", "learnt"])),
@@ -97,6 +97,8 @@ def configs(draw):
         settings |= {"attention": "latent", "d_latent_q": draw(st.sampled_from([None, 6])), "n_kv_heads": heads}
     elif settings["architecture"] != "encoder-decoder" and draw(st.booleans()):
         settings |= {"layout": "parallel", "norm_place": "pre"}
+    if settings["positions"] == "shaw":
+        settings |= {"attention": "heads", "n_kv_heads": heads, "shaw_distance": draw(st.integers(1, 4))}
     return Config(draw(st.integers(2, 30)), **settings)
 
 

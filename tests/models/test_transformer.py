@@ -36,6 +36,9 @@ KINDS = [
     {"branches": "learnt", "norm_place": "post"},
     {"architecture": "prefix"},
     {"window": 3},
+    {"window": 3, "positions": "alibi"},
+    {"window": 3, "positions": "t5", "n_kv_heads": 2},
+    {"positions": "shaw", "shaw_distance": 2},
     {"qk_norm": True, "head_width": 6},
 ]
 IDS = np.random.default_rng(0).integers(0, 11, (2, 9))
@@ -175,6 +178,47 @@ def test_branches_are_dropped_in_training_only():
     assert np.abs(model(IDS, rng=rng).data - model(IDS).data).max() > 1e-3
 
 
+@pytest.mark.equation("dropout", "attention-dropout")
+@pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder-decoder"])
+def test_entries_are_dropped_in_training_only_and_by_the_generator(rate, architecture):
+    model, plain = make(architecture=architecture, **{rate: 0.4}), make(architecture=architecture)
+    texts = (IDS, IDS) if architecture == "encoder-decoder" else (IDS,)
+    np.testing.assert_array_equal(model(*texts).data, plain(*texts).data)
+    first, again, other = (model(*texts, rng=np.random.default_rng(seed)).data for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert first.dtype == np.float32
+    assert np.abs(first - other).max() > 1e-3 and np.abs(first - plain(*texts).data).max() > 1e-3
+
+
+@pytest.mark.equation("attention-dropout")
+def test_dropped_weights_leave_the_mean_of_a_linear_layer():
+    """One layer whose stream is read before the norm: the mean over draws is the output without any."""
+    attention = make(attention_dropout=0.3, window=4, positions="alibi").stack.blocks[0].attention
+    x, bias = Tensor(np.random.default_rng(0).normal(size=(2, 9, 16)).astype(np.float32)), make(positions="alibi")
+    given = bias.stack.positions.bias
+    rng = np.random.default_rng(3)
+    with no_grad():
+        draws = np.stack([attention(x, bias=given, rng=rng).data for _ in range(600)])
+        wanted = attention(x, bias=given).data
+    error = draws.std(0, ddof=1) / np.sqrt(len(draws))
+    assert (np.abs(draws.mean(0) - wanted) < 6 * error + 1e-6).all()
+
+
+@pytest.mark.equation("pos-relative-shaw")
+def test_shaws_positions_tell_places_apart_up_to_their_distance():
+    model = make(positions="shaw", shaw_distance=2, architecture="encoder")
+    ids = np.array([[1, 5, 5, 5, 5, 5, 2]])
+    H = model.hidden(ids).data[0]
+    assert np.abs(H[1] - H[2]).max() > 1e-3  # another distance from the ends
+    table = [p for name, p in model.named_parameters() if "relative" in name]
+    assert len(table) == 4 and all(p.shape == (5, 4) for p in table)
+    for p in table:
+        p.data[...] = 0  # none left: an encoder sees a set
+    H = model.hidden(ids).data[0]
+    np.testing.assert_allclose(H[1], H[4], atol=1e-5)
+
+
 @pytest.mark.equation("encoder-heads", "cls-pooling", "replaced-token-detection")
 def test_heads_on_an_encoder():
     rng, model = np.random.default_rng(0), make(architecture="encoder")
@@ -217,6 +261,14 @@ BAD = {
     "window": (lambda: make(window=2, architecture="encoder"), "Config: the architecture must be 'decoder'"),
     "experts": (lambda: make(ffn="experts", n_experts=1), "Config: experts_per_token must be at most 1"),
     "droppath": (lambda: make(droppath=1.0), r"Config: droppath must be in \[0, 1\)"),
+    "dropout": (lambda: make(dropout=-0.1), r"Config: dropout must be in \[0, 1\)"),
+    "dropped weights": (lambda: make(attention="latent", attention_dropout=0.1), "attention_dropout must be 0 unless"),
+    "shaw, grouped": (lambda: make(positions="shaw", n_kv_heads=2), "Config: positions must be another, or attention"),
+    "shaw, distance": (lambda: make(positions="shaw", shaw_distance=0), "shaw_distance must be a positive integer"),
+    "groups": (
+        lambda: make(ffn="experts", n_expert_groups=4, experts_per_token=3),
+        "Config: k must be at most 2, the experts of 1 of 4 groups",
+    ),
     "linear": (lambda: make(attention="linear"), "Config: positions must be 'none'"),
     "fast decoder": (lambda: Decoder(Config(5, norm="layernorm"), np.random.default_rng(0)), "that of a LLaMA"),
     "two stacks": (lambda: Transformer(tiny("t5", 5), np.random.default_rng(0)), "Use `EncoderDecoder`"),
