@@ -57,7 +57,7 @@ def multi_head_attention(
 def _example_dropout(rng):
     arrays = tuple(rng.normal(size=(2, 2, 3, 2)) for _ in range(3))
     dropped = [None, rng.random((2, 2, 3, 3)) < 0.4][rng.integers(2)]
-    more = [{}, {"bias": rng.normal(size=(2, 3, 3)), "scale": 0.6}][rng.integers(2)]
+    more = [{}, {"bias": rng.normal(size=(1, 3, 3)), "scale": 0.6}][rng.integers(2)]
     return arrays, {"keep": causal_mask(3), "rate": 0.4, "dropped": dropped, **more}
 
 
