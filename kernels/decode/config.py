@@ -19,6 +19,7 @@ from functools import lru_cache
 MIN_ROWS = 16
 MAX_ROWS = 64
 TILE_BYTES = 32_768  # keys and values of one tile
+AMD_TILE_BYTES = 16_384  # larger ones spill scalar registers there
 PER_MULTIPROCESSOR = 2
 START_TILES = 1.0
 MERGE_TILES = 2.0
@@ -43,7 +44,7 @@ class Plan:
     block_n: int
     splits: int
     warps: int
-    stages: int = 2
+    stages: int = 3
     block_parts: int = 16
 
 
@@ -69,17 +70,23 @@ def widths(d: int, d_v: int, latent: bool = False) -> Widths:
 
 @lru_cache(maxsize=4096)
 def plan_for(
-    heads: int, rows: int, keys: int, d: int, d_v: int, itemsize: int, multiprocessors: int, latent: bool = False
-) -> Plan:
-    """The plan for ``heads`` = B H_kv key/value heads, ``rows`` = group L_q queries on each, and at most so many keys."""
+    heads: int, rows: int, keys: int, d: int, d_v: int, itemsize: int, multiprocessors: int,
+    latent: bool = False, paged: bool = False, amd: bool = False,
+) -> Plan:  # fmt: skip
+    """The plan for ``heads`` = B H_kv key/value heads, ``rows`` = group L_q queries on each, and at most so many keys.
+
+    A paged cache needs one more tile under way, for the table has to arrive before the page is asked for. AMD's 64 KB
+    of shared memory hold no third tile of keys.
+    """
     w = widths(d, d_v, latent)
     block_m = min(max(next_power_of_two(rows), MIN_ROWS), MAX_ROWS)
     columns = w.block + w.rest + (0 if latent else w.block_v)
-    block_n = min(max(TILE_BYTES // (columns * itemsize), 16), 128)
+    block_n = min(max((AMD_TILE_BYTES if amd else TILE_BYTES) // (columns * itemsize), 16), 128)
     block_n = 1 << (block_n.bit_length() - 1)
     programs = heads * -(-rows // block_m)
     splits = choose_splits(programs, -(-keys // block_n), multiprocessors)
-    return Plan(block_m, block_n, splits, 4 if block_m * w.block_v <= 8192 else 8)
+    warps = 4 if block_m * w.block_v <= 8192 and itemsize == 2 else 8
+    return Plan(block_m, block_n, splits, warps, 2 if amd else 5 if paged else 3)
 
 
 def choose_splits(programs: int, tiles: int, multiprocessors: int) -> int:

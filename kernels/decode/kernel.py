@@ -61,9 +61,9 @@ def tokens_of(keys, present, TABLE, stride_page, stride_token, PAGE: tl.constexp
     return keys * stride_token
 
 
-@triton.jit(do_not_specialize=["H_kv", "group", "L_q", "capacity", "window"])
+@triton.jit(do_not_specialize=["H_kv", "group", "L_q", "capacity", "window", "splits"])
 def _decode_kernel(
-    Q, K, V, LENGTHS, TABLE, O, LSE,
+    Q, K, V, LENGTHS, TABLE, OUT, LSE,
     H_kv, group, L_q, capacity, window, splits, scale, cap,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
@@ -77,7 +77,7 @@ def _decode_kernel(
     """One stretch of keys for one block of rows of one key/value head: its part of the output and its log-sum-exp.
 
     K, V (B, H_kv, capacity, d), or with TABLE (B, pages of a sequence) of shape (pages, H_kv, PAGE, d). LATENT: V is the
-    main part of K. LENGTHS (B,) may be None (all ``capacity`` keys are there). O (splits, B, H, L_q, DV) and
+    main part of K. LENGTHS (B,) may be None (all ``capacity`` keys are there). OUT (splits, B, H, L_q, DV) and
     LSE (splits, B, H, L_q) are contiguous. ``scale`` is in units of log 2 unless CAPPED.
     """
     n_rows = group * L_q
@@ -158,17 +158,17 @@ def _decode_kernel(
     out = (split.to(tl.int64) * n_heads * n_rows) + head.to(tl.int64) * n_rows + rows  # (split, b, head, token)
     tl.store(LSE + out, lse, mask=present)
     tl.store(
-        O + out[:, None] * DV + dv[None, :], o.to(O.dtype.element_ty), mask=present[:, None] & (dv < DV)[None, :]
+        O + out[:, None] * DV + dv[None, :], o.to(OUT.dtype.element_ty), mask=present[:, None] & (dv < DV)[None, :]
     )
 
 
 @triton.jit(do_not_specialize=["parts", "n_rows"])
 def _merge_kernel(
-    PARTS, PARTS_LSE, O, LSE,
+    PARTS, PARTS_LSE, OUT, LSE,
     parts, n_rows, stride_o_part, stride_o_row, stride_o_col, stride_lse_part, stride_lse_row,
     DV: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one row: PARTS (parts, n_rows, DV), PARTS_LSE (parts, n_rows) -> O (n_rows, DV), LSE (n_rows,)."""
+    """Merge the parts of one row: PARTS (parts, n_rows, DV), PARTS_LSE (parts, n_rows) -> OUT (n_rows, DV), LSE (n_rows,)."""
     row = tl.program_id(0).to(tl.int64)
     dv = tl.arange(0, BLOCK_DV).to(tl.int64)
     in_width = dv < DV
@@ -192,4 +192,4 @@ def _merge_kernel(
     some = total > 0.0
     total = tl.where(some, total, 1.0)
     tl.store(LSE + row, tl.where(some, top + tl.log2(total) * LN2, float("-inf")))
-    tl.store(O + row * DV + dv, (o / total).to(O.dtype.element_ty), mask=in_width)
+    tl.store(OUT + row * DV + dv, (o / total).to(OUT.dtype.element_ty), mask=in_width)

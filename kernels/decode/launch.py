@@ -38,7 +38,8 @@ def decode(
         keys = min(capacity, capacity if max_length is None else max_length)
         keys = keys if window is None else min(keys, window + L_q)
         plan = plan_for(
-            B * H_kv, H // H_kv * L_q, keys, d, d_v, q.element_size(), multiprocessors(q.device), latent
+            B * H_kv, H // H_kv * L_q, keys, d, d_v, q.element_size(), multiprocessors(q.device),
+            latent, table is not None, torch.version.hip is not None,
         )  # fmt: skip
     w = widths(d, d_v, latent)
     parts = lse_parts = None

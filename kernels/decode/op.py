@@ -61,7 +61,9 @@ def paged_decode_attention(
     require(k.shape[2] > 0, where, "the page", "at least one token long", k)
     check_integers(where, (("the table", table),), (torch.int32, torch.int64))
     check_places(where, [("q", q), ("the table", table)])
-    require(table.ndim == 2 and table.shape[0] == q.shape[0], where, "the table", f"of shape (B={q.shape[0]}, n)", table)
+    require(
+        table.ndim == 2 and table.shape[0] == q.shape[0], where, "the table", f"of shape (B={q.shape[0]}, n)", table
+    )
     require(table.stride(1) == 1 or table.shape[1] <= 1, where, "the table", "one with unit columns", table.stride(),
             hint="Call .contiguous() on it.")  # fmt: skip
     _check_lengths(where, q, lengths)

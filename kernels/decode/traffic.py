@@ -33,10 +33,13 @@ def issued(plan: Plan, w: Widths, itemsize: int, latent: bool = False) -> int:
 
 
 def products(plan: Plan, w: Widths, m: int, n: int, k: int) -> int:
-    """Matrix instructions of shape m x n x k that all warps of a program issue in one turn: scores and outputs."""
+    """Matrix instructions of shape m x n x k that one warp issues in one turn: scores (both parts of a key) and outputs.
+
+    Where there are fewer tiles of a result than warps, several warps compute the same one.
+    """
 
     def of(rows: int, columns: int, depth: int) -> int:
-        return -(-rows // m) * -(-columns // n) * -(-depth // k)
+        return -(-rows // m * (columns // n) // plan.warps) * (depth // k)
 
     scores = of(plan.block_m, plan.block_n, w.block) + (of(plan.block_m, plan.block_n, w.rest) if w.rest else 0)
     return scores + of(plan.block_m, w.block_v, plan.block_n)
