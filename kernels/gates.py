@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from kernels import ir, sass
 from kernels.aot import SHARED_LIMIT, Build, Compiled
-from kernels.occupancy import REGISTER_LIMIT, occupancy
+from kernels.occupancy import MULTIPROCESSORS, REGISTER_LIMIT, occupancy
 
 SAFE_ASSEMBLER = (13, 3)  # from this version on, registers that an asynchronous product reads are left alone
 RATE_OF_MACHINE = 183  # operations a byte of an H200: 788e12 / 4.3e12, both measured
@@ -143,20 +143,27 @@ def exponentials(build: Build, compiled: Compiled, target: str) -> list[str]:
     """Gate 7: each exponential of a tile is computed by one thread; no logarithm or division in a loop of products.
 
     Twice as many instructions as elements a thread are allowed, for a loop whose first round the compiler peels
-    off. A row statistic is held by several threads, at worst by sixteen times fewer than there are rows.
+    off. A row statistic may be held by every thread that holds a part of the row.
     """
     found = []
-    shapes = ir.exponentials(compiled.ttir)
-    if shapes:
-        each = [
-            math.ceil(math.prod(s) / (compiled.threads if len(s) > 1 else min(compiled.threads, 16))) for s in shapes
-        ]
-        if compiled.instructions["MUFU.EX2"] > 2 * sum(each):
-            found.append(f"has {compiled.instructions['MUFU.EX2']} MUFU.EX2, its tiles need {sum(each)} a thread")
+    each = [_share(shape, compiled, target) for shape in ir.exponentials(compiled.ttir)]
+    if compiled.instructions["MUFU.EX2"] > 2 * sum(each):
+        found.append(f"has {compiled.instructions['MUFU.EX2']} MUFU.EX2, its tiles need {sum(each)} a thread")
     slow = ir.slow_in_dot_loops(compiled.ttir)
     if slow:
         found.append(f"has {', '.join(sorted(set(slow)))} of a tile in a loop of matrix products")
     return found
+
+
+def _share(shape: tuple[int, ...], compiled: Compiled, target: str) -> int:
+    """Elements of a tile that a thread has to hold: with products, a warp's part is at least sixteen whole rows."""
+    size = math.prod(shape)
+    threads = compiled.threads
+    if len(shape) < 2:
+        return max(math.ceil(size / threads), min(size, 32))
+    if ir.dots(compiled.ttir):
+        threads = min(threads, max(shape[-2] // 16, 1) * MULTIPROCESSORS[target].warp)
+    return math.ceil(size / threads)
 
 
 def determinism_and_addresses(build: Build, compiled: Compiled, target: str) -> list[str]:

@@ -125,10 +125,17 @@ def intensity(ttir: str) -> float:
 
 
 def slow_in_dot_loops(ttir: str) -> list[str]:
-    """Logarithms and divisions of tiles in the innermost loops that hold matrix products."""
+    """Logarithms, roots and divisions of whole tiles in the innermost loops that hold matrix products.
+
+    A division belongs to an exponential that is there to make a sigmoid or a hyperbolic tangent (a soft cap):
+    every exponential of a tile beyond the first takes one along.
+    """
     busy = {dot.loop for dot in dots(ttir)} - {0}
-    slow = ("math.log", "math.log2", "arith.divf", "math.sqrt")
-    return [o.name for o in operations(ttir) if o.loop in busy and o.name in slow and o.shape]
+    names = [o.name for o in operations(ttir) if o.loop in busy and len(o.shape) > 1]
+    divisions = names.count("arith.divf")
+    free = max(sum(name in ("math.exp", "math.exp2") for name in names) - 1, 0)
+    slow = [name for name in names if name in ("math.log", "math.log2", "math.sqrt")]
+    return slow + ["arith.divf"] * max(divisions - free, 0)
 
 
 def exponentials(ttir: str) -> list[tuple[int, ...]]:
@@ -164,15 +171,24 @@ def _reached(seeds: Iterable[str], ttir: str, skip: Iterable[str] = ()) -> set[s
     return reached
 
 
-def _products(ttir: str, free: int) -> list[str]:
-    """Results of 32-bit products with at least this many factors that are neither constants nor ranges."""
+def _products(ttir: str) -> list[Operation]:
+    """The 32-bit products with a factor that is neither a constant nor a range within a tile."""
     known = _constants(ttir)
     return [
-        result
+        o
         for o in operations(ttir)
-        if o.name == "arith.muli" and _SHORT.search(o.text) and len(set(o.operands[:2]) - known) >= free
-        for result in o.results
+        if o.name == "arith.muli" and _SHORT.search(o.text) and not known.issuperset(o.operands[:2])
     ]
+
+
+def _arguments(ttir: str) -> set[str]:
+    """The kernel's integer arguments of 32 bits, and tiles that hold nothing else."""
+    header = re.search(r"tt\.func public [^\n]*", ttir)
+    found = set(re.findall(r"(%\w+): i32", header.group(0))) if header else set()
+    for o in operations(ttir):
+        if o.name in ("tt.splat", "tt.broadcast", "tt.expand_dims") and found.issuperset(o.operands):
+            found.update(o.results)
+    return found
 
 
 def short_offsets(ttir: str) -> int:
@@ -181,19 +197,29 @@ def short_offsets(ttir: str) -> int:
     A program's number times a tile's size does so as soon as a tensor has that many elements. A range, a sum of
     sizes or a number that was loaded stays as small as it was.
     """
-    reached = _reached(_products(ttir, 1), ttir, skip=("arith.extsi", "arith.extui", "tt.addptr"))
+    reached = _reached(
+        [r for o in _products(ttir) for r in o.results], ttir, skip=("arith.extsi", "arith.extui", "tt.addptr")
+    )
     return sum(
         o.name == "tt.addptr" and bool(_SHORT.search(o.text)) and o.operands[1] in reached for o in operations(ttir)
     )
 
 
 def short_products(ttir: str) -> int:
-    """32-bit products of two runtime values that become part of an address: they wrap before they are widened.
+    """32-bit products of an index and an argument (a stride, a size) that become part of an address.
 
-    A division or a remainder ends the trail: what comes out is no larger than what went in.
+    They wrap before they are widened. A product of two arguments is a size and does not; a division or a
+    remainder ends the trail, for what comes out is no larger than what went in.
     """
+    arguments = _arguments(ttir)
     addresses = {o.operands[1] for o in operations(ttir) if o.name == "tt.addptr"}
-    return sum(bool(_reached([product], ttir, skip=("tt.addptr",)) & addresses) for product in _products(ttir, 2))
+    indexed = [o for o in _products(ttir) if len(arguments.intersection(o.operands[:2])) == 1]
+    constants = {r for o in operations(ttir) if o.name == "arith.constant" for r in o.results}
+    return sum(
+        bool(_reached(o.results, ttir, skip=("tt.addptr",)) & addresses)
+        for o in indexed
+        if not constants.intersection(o.operands)
+    )
 
 
 def _constants(ttir: str) -> set[str]:

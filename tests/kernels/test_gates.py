@@ -39,7 +39,7 @@ PLANTED = {
     "half the products": "need at least 64",
     "warps not specialised": "the wish was ignored",
     "descriptors without the accelerator": "0 UTMALDG for 2 loads",
-    "exponentials twice": "MUFU.EX2, its tiles need 1 a thread",
+    "exponentials twice": "MUFU.EX2, its tiles need",
     "division in the loop": "arith.divf of a tile in a loop",
     "atomics": "atomic",
     "float64": "float64",
@@ -105,6 +105,7 @@ def test_occupancy(registers, threads, shared, target, programs):
 # ---- reading the intermediate language
 
 LOOP = """
+  tt.func public @f(%X: !tt.ptr<f16> loc("X"(#loc)), %n: i32 loc("n"(#loc)), %m: i32 {tt.divisibility = 16 : i32}) {
     %a = arith.constant dense<0.0> : tensor<64x64xf16> loc(#loc)
     %pid = tt.get_program_id x : i32 loc(#loc)
     %before = tt.dot %q, %a, %z, inputPrecision = ieee : tensor<64x64xf16> * tensor<64x64xf16> -> tensor<64x64xf32>
@@ -139,13 +140,21 @@ def test_slow_functions_count_only_inside_the_loop_and_for_tiles():
     assert ir.slow_in_dot_loops(LOOP.replace("math.exp2", "math.log2")) == ["math.log2"]
 
 
+def test_a_division_may_belong_to_a_second_exponential():
+    soft_cap = "      %t = arith.divf %s, %s : tensor<64x16xf32>\n      %e = math.exp2"
+    assert ir.slow_in_dot_loops(LOOP.replace("      %e = math.exp2", soft_cap)) == ["arith.divf"]
+    second = soft_cap.replace("%e =", "%f = math.exp2 %s : tensor<64x16xf32>\n      %e =")
+    assert ir.slow_in_dot_loops(LOOP.replace("      %e = math.exp2", second)) == []
+
+
 def test_a_product_that_goes_round_a_loop_reaches_the_address():
     assert ir.short_products(LOOP) == 1
-    assert ir.short_products(LOOP.replace("arith.muli %at, %n", "arith.muli %at, %c0")) == 1  # no constant is known
-    known = "    %c0 = arith.constant 0 : i32\n" + LOOP.replace("arith.muli %at, %n", "arith.muli %at, %c0")
-    assert ir.short_products(known) == 0
-    assert ir.short_products(LOOP.replace("arith.muli %at, %n", "arith.remsi %at, %n")) == 0
-    assert ir.short_products(LOOP.replace("arith.muli %at, %n : i32", "arith.muli %at, %n : i64")) == 0
+    product = "arith.muli %at, %n : i32"
+    assert ir.short_products(LOOP.replace(product, "arith.muli %at, %at : i32")) == 0  # no argument
+    assert ir.short_products(LOOP.replace(product, "arith.muli %m, %n : i32")) == 0  # two arguments: a size
+    assert ir.short_products(LOOP.replace(product, "arith.remsi %at, %n : i32")) == 0
+    assert ir.short_products(LOOP.replace(product, "arith.muli %at, %n : i64")) == 0
+    assert ir.short_products(LOOP.replace("%wide = arith.extsi %out#1", "%wide = arith.extsi %n")) == 0
 
 
 def test_short_offsets():
