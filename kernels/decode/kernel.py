@@ -158,7 +158,7 @@ def _decode_kernel(
     out = (split.to(tl.int64) * n_heads * n_rows) + head.to(tl.int64) * n_rows + rows  # (split, b, head, token)
     tl.store(LSE + out, lse, mask=present)
     tl.store(
-        O + out[:, None] * DV + dv[None, :], o.to(OUT.dtype.element_ty), mask=present[:, None] & (dv < DV)[None, :]
+        OUT + out[:, None] * DV + dv[None, :], o.to(OUT.dtype.element_ty), mask=present[:, None] & (dv < DV)[None, :]
     )
 
 
