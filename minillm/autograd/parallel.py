@@ -2,10 +2,14 @@ r"""Independent work in threads: slots that do not share a cache line, and a map
 
 NumPy releases the interpreter lock inside its loops and matrix products, so threads help where one call does much
 work. Each call must then keep the matrix library to one thread, or the two fight for the cores.
+
+The threads stay for the next call, and with them their scratch memory.
 """
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from math import prod
 from typing import Any, TypeVar
 
@@ -61,7 +65,7 @@ def parallel_map(function: Callable[..., Result], *arguments: Any, threads: int)
 
     Equation: `parallel-heads` $\mathbf O_h=f(\mathbf Q_h,\mathbf K_h,\mathbf V_h)$ for all heads (or experts) at once; equal to one after another
     Equation: `thread-local-isolation` a thread's scratch memory is its own
-    Shapes: sequences of equal length n -> n results
+    Shapes: sequences of equal length n -> n results; a piece that maps in its turn does so in its own thread
     Raises: ValueError for sequences of unequal length or a number of threads that is not positive; whatever a piece of
         work raises.
     Source: notes §2, §8.8.
@@ -69,7 +73,37 @@ def parallel_map(function: Callable[..., Result], *arguments: Any, threads: int)
     require_positive(threads, "parallel_map", "threads", integer=True)
     lengths = {len(argument) for argument in arguments}
     require(len(lengths) == 1, "parallel_map", "the arguments", "sequences of one length", f"lengths {sorted(lengths)}")
-    if threads == 1 or lengths == {1}:
+    if threads == 1 or lengths <= {0, 1} or _inside.a_piece:
         return [function(*piece) for piece in zip(*arguments, strict=True)]
-    with ThreadpoolController().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, *arguments))
+    with _libraries().limit(limits=1, user_api="blas"):
+        return list(_pool(threads).map(function, *arguments))
+
+
+def library_threads() -> int:
+    """How many threads the matrix library would use now: what this thread may use for itself instead."""
+    if _inside.a_piece:
+        return 1
+    return max(
+        (library.num_threads for library in _libraries().lib_controllers if library.user_api == "blas"), default=1
+    )
+
+
+class _Inside(threading.local):
+    a_piece = False
+
+
+_inside = _Inside()
+
+
+def _enter() -> None:
+    _inside.a_piece = True
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "parallel_map", initializer=_enter)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()

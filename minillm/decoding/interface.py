@@ -1,13 +1,18 @@
 """What decoding asks of a model, and the checks that every way of decoding shares."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from minillm.autograd import Tensor
+from minillm.autograd import Tensor, is_recording, no_grad
+from minillm.autograd.parallel import library_threads, parallel_map
 from minillm.checks import require, require_positive
+from minillm.nn.cache import KVCache
+
+THREADED_TOKENS = 256  # from here on, threads gain more than it costs to wake them
 
 
 @runtime_checkable
@@ -43,8 +48,27 @@ def writing_model(where: str, model: Any) -> LanguageModel:
 
 
 def last_logits(model: LanguageModel, ids: Int[np.ndarray, "B L"], cache: Any) -> Float[np.ndarray, "B V"]:
-    """Read new ids and return the logits after the last of them; no others are computed."""
-    return model.hidden(ids, cache).data[:, -1] @ model.output_weight.data.T
+    """Read new ids and return the logits after the last of them; no others are computed.
+
+    Threads share the sequences of a batch of prompts, where the cache can be shared.
+    """
+    B, L = ids.shape
+    threads = min(library_threads(), B) if isinstance(cache, KVCache) and L > 1 and B * L >= THREADED_TOKENS else 1
+    edges = np.linspace(0, B, threads + 1).astype(int)
+    rows = [slice(i, j) for i, j in pairwise(edges)]
+    shares = [cache] if threads == 1 else [cache.rows(part) for part in rows]
+    recording = is_recording()  # which is each thread's own affair
+
+    def read(part: slice, share: Any) -> Tensor:
+        if recording:
+            return model.hidden(ids[part], share)
+        with no_grad():
+            return model.hidden(ids[part], share)
+
+    ends = [hidden.data[:, -1] for hidden in parallel_map(read, rows, shares, threads=threads)]
+    if threads > 1:
+        cache.advance(L)
+    return np.concatenate(ends) @ model.output_weight.data.T
 
 
 def checked_prompts(where: str, prompts: Any) -> Int[np.ndarray, "B L"]:

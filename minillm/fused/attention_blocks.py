@@ -26,9 +26,11 @@ from functools import lru_cache
 import numpy as np
 
 from minillm.autograd import scratch
+from minillm.autograd.parallel import library_threads, parallel_map
 
 QUERY_BLOCK = 64  # narrow blocks skip more of what a causal mask hides; where little or nothing is, they are widened
 GROUP_BYTES = 1 << 20  # scores of one task: they should stay in the second-level cache
+THREADED_SCORES = 1 << 17  # from here on, threads gain more than it costs to wake them
 KEPT_BYTES = 1 << 26  # of probabilities kept for the backward pass by one call; if there were more, none is
 
 Block = tuple[int, int]
@@ -159,16 +161,18 @@ Kept = list[np.ndarray | None]  # the probabilities of each task, None where the
 def forward(q, k, v, o, lse, pattern: Pattern, work: list[Task], keep: bool = False) -> Kept:
     """Fill the output o and the log-normalisers lse (b, H_kv, H / H_kv, 1, L_q); queries come scaled.
 
-    Returns the probabilities of every task, if they are to be kept and are few enough.
+    Returns the probabilities of every task, if they are to be kept and are few enough. No two tasks write to the same
+    place, so where there is much to do the threads that the matrix library would use take a task each.
     """
     may_be_empty = pattern.keep is not None or (pattern.causal and pattern.own < 0)
-    keep = keep and q.itemsize * sum(task.scores(q, pattern.keys(task.block)) for task in work) <= KEPT_BYTES
-    return [
-        _forward_block(
-            task.of(q), task.of(k), task.of(v), task.of(o), task.of(lse), pattern, task, may_be_empty, keep
-        )
-        for task in work
-    ]  # fmt: skip
+    scores = sum(task.scores(q, pattern.keys(task.block)) for task in work)
+    keep = keep and q.itemsize * scores <= KEPT_BYTES
+
+    def run(task: Task) -> np.ndarray | None:
+        mine = task.of
+        return _forward_block(mine(q), mine(k), mine(v), mine(o), mine(lse), pattern, task, may_be_empty, keep)
+
+    return parallel_map(run, work, threads=library_threads() if scores >= THREADED_SCORES else 1)
 
 
 def _forward_block(q, k, v, o, lse, pattern: Pattern, task: Task, may_be_empty: bool, keep: bool) -> np.ndarray | None:

@@ -16,6 +16,7 @@ A mixer makes its own: ``mixer.new_cache(batch, capacity, dtype)``. A model hold
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,12 @@ class KVCache:
     def layer(self, index: int) -> "KVLayer":
         """One layer's share, with the protocol of a layer's cache; the last layer's ``append`` counts the positions."""
         return KVLayer(self, index)
+
+    def rows(self, rows: slice) -> "KVCache":
+        """A cache of some of the sequences over the same memory, with a count of its own."""
+        part = copy(self)
+        part.keys, part.values = self.keys[:, rows], self.values[:, rows]
+        return part
 
     def advance(self, n_new: int) -> None:
         """Count ``n_new`` positions as seen, after every layer has written them."""

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from minillm.autograd import Tensor, grad
-from minillm.autograd.parallel import CACHE_LINE, PaddedSlots, parallel_map
+from minillm.autograd.parallel import CACHE_LINE, PaddedSlots, library_threads, parallel_map
 from minillm.functional.experts import expert
 from minillm.fused.attention import scaled_dot_product_attention
 
@@ -85,3 +86,27 @@ def test_what_makes_no_sense_is_refused_and_errors_come_through():
         parallel_map(abs, [1], threads=0)
     with pytest.raises(ZeroDivisionError):
         parallel_map(lambda x: 1 / x, [1, 0], threads=2)
+
+
+@pytest.mark.equation("parallel-heads")
+def test_a_piece_that_maps_in_its_turn_does_so_in_its_own_thread():
+    """The threads are few; pieces that waited for pieces of their own would wait for ever."""
+
+    def inner(_):
+        return threading.get_ident()
+
+    def outer(_):
+        return threading.get_ident(), library_threads(), set(parallel_map(inner, range(5), threads=2))
+
+    for thread, library, inside in parallel_map(outer, range(4), threads=2):
+        assert inside == {thread} and library == 1
+
+
+@pytest.mark.equation("parallel-heads")
+def test_the_matrix_library_has_its_threads_again_afterwards():
+    with threadpool_limits(2, "blas"):
+        before = library_threads()
+        assert parallel_map(lambda _: library_threads(), range(3), threads=2) == [1, 1, 1]
+        assert library_threads() == before
+    with threadpool_limits(1, "blas"):
+        assert library_threads() == 1

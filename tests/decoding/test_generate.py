@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.autograd import no_grad
-from minillm.decoding import generate
+from minillm.decoding import generate, interface
 from minillm.decoding.samplers import probabilities, truncate
 from minillm.models import Config, Decoder
 from minillm.nn import KVCache
@@ -24,6 +24,26 @@ def small_model(seed: int = 0, **changes) -> Decoder:
 
 def prompts_of(B: int, L: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, V, size=(B, L))
+
+
+@pytest.mark.equation("kv-cache", "thread-local-isolation")
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_threads_that_share_a_batch_of_prompts_do_not_show(B, monkeypatch):
+    model, ids = small_model(), prompts_of(B, 7)
+    alone, shared = model.new_cache(B), model.new_cache(B)
+    monkeypatch.setattr(interface, "library_threads", lambda: 3)
+    with no_grad():
+        wanted = interface.last_logits(model, ids, alone)
+        monkeypatch.setattr(interface, "THREADED_TOKENS", 1)
+        found = interface.last_logits(model, ids, shared)
+        assert shared.length == alone.length == 7
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        for after in (ids[:, :1], ids[:, 1:3]):  # and what follows reads what was written
+            wanted, found = (interface.last_logits(model, after, cache) for cache in (alone, shared))
+            np.testing.assert_allclose(found, wanted, atol=1e-4)
+        with pytest.raises(ValueError, match="KVCache"):
+            interface.last_logits(model, prompts_of(B, 20), shared)
+        assert shared.length == 10
 
 
 @pytest.mark.equation("kv-cache")
