@@ -1,0 +1,1 @@
+"""Causal linear attention in chunks, with the state passed in and out, forward and backward."""
