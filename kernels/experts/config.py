@@ -1,0 +1,140 @@
+"""Tile sizes as pure functions of shape, dtype and architecture: no search at run time, no GPU needed.
+
+The reasons, all of them visible in what the compiler reports (`python -m kernels compile experts`):
+
+- 16-bit products on Hopper and Blackwell: 128 rows, eight warps, 64 numbers deep, which is one 128-byte line a row.
+  `up` has two accumulators, of the value and of the gate, of 128 columns each, and `down` one of 256: in both a thread
+  holds 128 sums, and a tile does 128 x 256 x 2 / (128 + 256) = 171 operations for every element that it loads, 85 a
+  byte. Four stages of 48 KB would fill shared memory to the last byte; three leave the scheduler as much, and what an
+  epilogue needs.
+- `back` holds U and needs H, gates and two results beside it: 128 columns, so that nothing spills.
+- Ampere has half the shared memory and products from registers: 128 x 128 (64 for the two accumulators), 32 deep.
+- AMD has 64 KB of shared memory a workgroup.
+- float32 is for checking, not for speed: products without tensor cores, small tiles.
+- 64 rows a tile where an expert has few: a half-empty tile costs as much as a full one. Fewer than 64 rows are no
+  matrix product of a warp group.
+"""
+
+from dataclasses import dataclass
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth of one program's tile, its warps, how many steps are loaded ahead, and row tiles a group."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One tile for every product of a layer. `up`, `down` and `back` share the height of a tile, hence the list of tiles."""
+
+    up: Tile
+    down: Tile
+    back: Tile
+    weights: Tile
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return self.down.block_m
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+FEW_ROWS = 256  # below this mean load tiles of 64 rows waste less than tiles of 128 gain
+
+
+def plan(n_rows: int, n_experts: int, itemsize: int, target: str) -> Plan:
+    """The tiles for n_rows assignments over n_experts experts."""
+    if itemsize == 4:
+        tile = Tile(64, 64, 32, 4, 2)
+        return Plan(tile, tile, tile, tile)
+    tall = n_rows >= FEW_ROWS * max(n_experts, 1)
+    m = 128 if tall else 64
+    if target == "gfx942":
+        return Plan(Tile(m, 64, 32, 4, 2), Tile(m, 128, 32, 4, 2), Tile(m, 64, 32, 4, 2), Tile(128, 128, 32, 8, 2))
+    if target == "sm_80":
+        warps = 8 if tall else 4
+        return Plan(
+            Tile(m, 64, 32, warps, 4), Tile(m, 128, 32, warps, 4), Tile(m, 64, 32, warps, 4), Tile(128, 128, 32, 8, 4)
+        )
+    warps = 8 if tall else 4
+    wide = 256 if tall else 128
+    return Plan(
+        Tile(m, 128 if tall else 64, 64, warps, 3), Tile(m, wide, 64, warps, 3),
+        Tile(m, 128, 64, warps, 3), Tile(128, 128, 64, 8, 3),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RouteTile:
+    """Tokens a tile and warps of the router's kernels; a row of experts is never split."""
+
+    block_t: int
+    warps: int
+
+
+ROUTE_ELEMENTS = 2048  # of a tile of tokens times experts, padded to a power of two
+
+
+def route_tile(n_experts: int) -> RouteTile:
+    """The router's tile: 16 logits a thread."""
+    block_e = max(next_power_of_two(n_experts), 16)
+    block_t = min(max(ROUTE_ELEMENTS // block_e, 1), 32)
+    return RouteTile(block_t, min(max(block_t * block_e // 512, 4), 16))
+
+
+def route_programs(n_tokens: int, tile: RouteTile, multiprocessors: int) -> int:
+    """How many programs walk the tokens: each leaves one share, which one program adds up."""
+    return max(min(-(-n_tokens // tile.block_t), 4 * multiprocessors), 1)
+
+
+@dataclass(frozen=True)
+class PackTile:
+    """Assignments a tile and a chunk, chunks a tile of the scan, and warps."""
+
+    block_a: int
+    chunk: int
+    block_c: int
+    warps: int = 4
+
+
+CHUNKS = 512  # at most: one program scans them
+PACK_ELEMENTS = 8192
+
+
+def pack_tile(n_assignments: int, n_experts: int) -> PackTile:
+    """Chunks of at least one tile, and not more of them than one program scans in a few steps."""
+    block_e = max(next_power_of_two(n_experts), 16)
+    block_a = min(max(PACK_ELEMENTS // block_e, 16), 256)
+    chunk = block_a * max(-(-n_assignments // (block_a * CHUNKS)), 1)
+    return PackTile(block_a, chunk, min(max(PACK_ELEMENTS // block_e, 1), 64), 8 if block_e > 256 else 4)
+
+
+COMBINE_ELEMENTS = 2048  # 16 a thread
+
+
+@dataclass(frozen=True)
+class CombineTile:
+    """Tokens and columns of a tile of the combination, and warps."""
+
+    block_t: int
+    block_d: int
+    warps: int
+
+
+def combine_tile(d: int) -> CombineTile:
+    """Whole rows where they are short, strips where they are long."""
+    block_d = min(max(next_power_of_two(d), 16), COMBINE_ELEMENTS)
+    return CombineTile(max(COMBINE_ELEMENTS // 2 // block_d, 1), block_d, 4)
