@@ -21,7 +21,7 @@ one dQ. They could only with atomics, whose order changes from run to run; witho
 import triton
 import triton.language as tl
 
-from kernels.attention.kernel_forward import LOG2E, capped, tile_of
+from kernels.attention.kernel_forward import LOG2E, capped, rows_of
 from kernels.attention.kernel_masks import keys_of, queries_of
 from kernels.device import dot
 
@@ -53,43 +53,12 @@ def _delta_kernel(
 
 
 @triton.jit
-def _probabilities(s, lse, visible, scale, cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """p from scores that are not scaled yet, and dcap, the derivative of the soft cap (1 without one)."""
-    slope = 1.0
+def _probabilities(s, lse, scale, cap, CAPPED: tl.constexpr):
+    """p from scores that are not scaled yet, and the derivative of the soft cap (1 without one)."""
     if CAPPED:
         s = capped(s * scale, cap)
-        slope = 1.0 - (s / cap) * (s / cap)
-        p = tl.exp2(s * LOG2E - lse)
-    else:
-        p = tl.exp2(s * (scale * LOG2E) - lse)
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
-    return p, slope
-
-
-@triton.jit
-def _pass_queries(
-    dk, dv, k, v, Q, DO, LSE, DELTA, stride_q_row, stride_do_row, at_q, at_do, in_d, in_dv,
-    first, last, start, stop, L_q, scale, cap,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Add to dk and dv what the queries from start to stop of one head send back. Tiles are (keys, queries)."""
-    for m in range(start, stop, BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        far = tl.cast(m, tl.int64)
-        there = rows < L_q
-        visible = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
-        q = tile_of(Q + far * stride_q_row, at_q, there, in_d, MASKED, EVEN_D)  # (BLOCK_M, BLOCK_D)
-        lse = tl.load(LSE + rows.to(tl.int64), mask=there, other=0.0) * LOG2E
-        s = dot(k, tl.trans(q), None)  # (BLOCK_N, BLOCK_M)
-        p, slope = _probabilities(s, lse[None, :], visible, scale, cap, CAPPED, MASKED)
-        do = tile_of(DO + far * stride_do_row, at_do, there, in_dv, MASKED, EVEN_DV)  # (BLOCK_M, BLOCK_DV)
-        dv = dot(p.to(do.dtype), do, dv)
-        dp = dot(v, tl.trans(do), None)
-        delta = tl.load(DELTA + rows.to(tl.int64), mask=there, other=0.0)
-        ds = p * (dp - delta[None, :]) * slope
-        dk = dot(ds.to(q.dtype), q, dk)
-    return dk, dv
+        return tl.exp2(s * LOG2E - lse), 1.0 - (s / cap) * (s / cap)
+    return tl.exp2(s * (scale * LOG2E) - lse), 1.0
 
 
 @triton.jit(do_not_specialize=["H_kv", "group", "L_q", "L_k", "offset", "window"])
@@ -126,8 +95,8 @@ def _backward_keys_kernel(
     if PREFIX is not None:
         prefix = tl.load(PREFIX + b).to(tl.int32)
 
-    n0 = block * BLOCK_N
-    cols = n0 + tl.arange(0, BLOCK_N)
+    start = block * BLOCK_N
+    cols = start + tl.arange(0, BLOCK_N)
     far = cols.to(tl.int64)
     d, dv_cols = tl.arange(0, BLOCK_D).to(tl.int64), tl.arange(0, BLOCK_DV).to(tl.int64)
     m = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -145,14 +114,14 @@ def _backward_keys_kernel(
     at_do = m[:, None] * stride_do_row + dv_cols[None, :] * stride_do_col
 
     first, last = queries_of(cols, n_keys, offset, window, prefix, FIRST, LAST, CAUSAL, WINDOWED, PACKED, L_q, L_k)
-    end = tl.minimum(n0 + BLOCK_N, n_keys) - 1  # the last key that is there, if one is
-    first_0, last_0 = queries_of(n0, n_keys, offset, window, prefix, FIRST, LAST, CAUSAL, WINDOWED, PACKED, L_q, L_k)
+    end = tl.minimum(start + BLOCK_N, n_keys) - 1  # the last key that is there, if one is
+    first_0, last_0 = queries_of(start, n_keys, offset, window, prefix, FIRST, LAST, CAUSAL, WINDOWED, PACKED, L_q, L_k)
     first_1, last_1 = queries_of(end, n_keys, offset, window, prefix, FIRST, LAST, CAUSAL, WINDOWED, PACKED, L_q, L_k)
-    stop = tl.where(n0 < n_keys, tl.maximum(last_1, 0), 0)
+    stop = tl.where(start < n_keys, tl.maximum(last_1, 0), 0)
     begin = first_0 // BLOCK_M * BLOCK_M
     clear = tl.minimum(tl.cdiv(first_1, BLOCK_M) * BLOCK_M, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
     clear_end = tl.maximum(tl.maximum(last_0, 0) // BLOCK_M * BLOCK_M, clear)
-    clear_end = tl.where(n0 + BLOCK_N <= n_keys, clear_end, clear)  # a block that is not full is masked throughout
+    clear_end = tl.where(start + BLOCK_N <= n_keys, clear_end, clear)  # a block that is not full is masked throughout
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -160,20 +129,22 @@ def _backward_keys_kernel(
         h = h_kv * group + g
         q_head = Q + b * stride_q_batch + h * stride_q_head
         do_head = DO + b * stride_do_batch + h * stride_do_head
-        rows = (b * H_kv * group + h) * L_q
-        if CAUSAL or PACKED:  # queries that do not see all of the block yet
-            dk, dv = _pass_queries(
-                dk, dv, k, v, q_head, do_head, LSE + rows, DELTA + rows, stride_q_row, stride_do_row, at_q, at_do,
-                in_d, in_dv, first, last, begin, clear, L_q, scale, cap, CAPPED, True, EVEN_D, EVEN_DV, BLOCK_M,
-            )  # fmt: skip
-        dk, dv = _pass_queries(
-            dk, dv, k, v, q_head, do_head, LSE + rows, DELTA + rows, stride_q_row, stride_do_row, at_q, at_do,
-            in_d, in_dv, first, last, clear, clear_end, L_q, scale, cap, CAPPED, False, EVEN_D, EVEN_DV, BLOCK_M,
-        )  # fmt: skip
-        dk, dv = _pass_queries(  # queries that no longer see all of it, and the end of the queries
-            dk, dv, k, v, q_head, do_head, LSE + rows, DELTA + rows, stride_q_row, stride_do_row, at_q, at_do,
-            in_d, in_dv, first, last, clear_end, stop, L_q, scale, cap, CAPPED, True, EVEN_D, EVEN_DV, BLOCK_M,
-        )  # fmt: skip
+        of_head = (b * H_kv * group + h) * L_q
+        for m0 in range(begin, stop, BLOCK_M):
+            rows = m0 + tl.arange(0, BLOCK_M)
+            row, there = tl.cast(m0, tl.int64), rows < L_q
+            q = rows_of(q_head + row * stride_q_row, at_q, there, in_d, EVEN_D)  # (BLOCK_M, BLOCK_D)
+            lse = tl.load(LSE + of_head + rows.to(tl.int64), mask=there, other=0.0) * LOG2E
+            s = dot(k, tl.trans(q), None)  # (BLOCK_N, BLOCK_M)
+            p, slope = _probabilities(s, lse[None, :], scale, cap, CAPPED)
+            if (m0 < clear) | (m0 >= clear_end):  # otherwise all queries see all keys
+                p = tl.where((rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None]), p, 0.0)
+            do = rows_of(do_head + row * stride_do_row, at_do, there, in_dv, EVEN_DV)  # (BLOCK_M, BLOCK_DV)
+            dv = dot(p.to(do.dtype), do, dv)
+            dp = dot(v, tl.trans(do), None)
+            delta = tl.load(DELTA + of_head + rows.to(tl.int64), mask=there, other=0.0)
+            ds = p * (dp - delta[None, :]) * slope
+            dk = dot(ds.to(q.dtype), q, dk)
 
     here = (cols < L_k)[:, None]
     tl.store(
@@ -184,27 +155,6 @@ def _backward_keys_kernel(
         DV_OUT + b * stride_dv_batch + h_kv * stride_dv_head + far[:, None] * stride_dv_row + dv_cols[None, :],
         dv.to(DV_OUT.dtype.element_ty), mask=here & in_dv[None, :],
     )  # fmt: skip
-
-
-@triton.jit
-def _pass_keys_back(
-    dq, q, do, lse, delta, K, V, stride_k_row, stride_v_row, at_k, at_v, in_d, in_dv,
-    lo, hi, start, stop, n_keys, scale, cap,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Add to dq what the keys from start to stop send back."""
-    for n in range(start, stop, BLOCK_N):
-        cols = n + tl.arange(0, BLOCK_N)
-        row = tl.cast(n, tl.int64)
-        visible = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
-        k = tile_of(K + row * stride_k_row, at_k, cols < n_keys, in_d, MASKED, EVEN_D)  # (BLOCK_N, BLOCK_D)
-        v = tile_of(V + row * stride_v_row, at_v, cols < n_keys, in_dv, MASKED, EVEN_DV)  # (BLOCK_N, BLOCK_DV)
-        s = dot(q, tl.trans(k), None)  # (BLOCK_M, BLOCK_N)
-        dp = dot(do, tl.trans(v), None)
-        p, slope = _probabilities(s, lse[:, None], visible, scale, cap, CAPPED, MASKED)
-        ds = p * (dp - delta[:, None]) * slope
-        dq = dot(ds.to(k.dtype), k, dq)
-    return dq
 
 
 @triton.jit(do_not_specialize=["H", "group", "L_q", "L_k", "offset", "window"])
@@ -238,8 +188,8 @@ def _backward_queries_kernel(
     if PREFIX is not None:
         prefix = tl.load(PREFIX + b).to(tl.int32)
 
-    m0 = block * BLOCK_M
-    rows = m0 + tl.arange(0, BLOCK_M)
+    start = block * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
     far, there = rows.to(tl.int64), rows < L_q
     d, dv = tl.arange(0, BLOCK_D).to(tl.int64), tl.arange(0, BLOCK_DV).to(tl.int64)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -260,8 +210,8 @@ def _backward_queries_kernel(
     at_v = n[:, None] * stride_v_row + dv[None, :] * stride_v_col
 
     lo, hi = keys_of(rows, n_keys, offset, window, prefix, LO, HI, CAUSAL, WINDOWED, PACKED, L_q)
-    final = tl.minimum(m0 + BLOCK_M, L_q) - 1
-    lo_first, hi_first = keys_of(m0, n_keys, offset, window, prefix, LO, HI, CAUSAL, WINDOWED, PACKED, L_q)
+    final = tl.minimum(start + BLOCK_M, L_q) - 1
+    lo_first, hi_first = keys_of(start, n_keys, offset, window, prefix, LO, HI, CAUSAL, WINDOWED, PACKED, L_q)
     lo_final, hi_final = keys_of(final, n_keys, offset, window, prefix, LO, HI, CAUSAL, WINDOWED, PACKED, L_q)
     stop = tl.maximum(hi_final, 0)
     begin = lo_first // BLOCK_N * BLOCK_N
@@ -269,19 +219,18 @@ def _backward_queries_kernel(
     clear_end = tl.maximum(tl.maximum(hi_first, 0) // BLOCK_N * BLOCK_N, clear)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if WINDOWED or PACKED:
-        dq = _pass_keys_back(
-            dq, q, do, lse, delta, K, V, stride_k_row, stride_v_row, at_k, at_v, in_d, in_dv,
-            lo, hi, begin, clear, n_keys, scale, cap, CAPPED, True, EVEN_D, EVEN_DV, BLOCK_N,
-        )  # fmt: skip
-    dq = _pass_keys_back(
-        dq, q, do, lse, delta, K, V, stride_k_row, stride_v_row, at_k, at_v, in_d, in_dv,
-        lo, hi, clear, clear_end, n_keys, scale, cap, CAPPED, False, EVEN_D, EVEN_DV, BLOCK_N,
-    )  # fmt: skip
-    dq = _pass_keys_back(
-        dq, q, do, lse, delta, K, V, stride_k_row, stride_v_row, at_k, at_v, in_d, in_dv,
-        lo, hi, clear_end, stop, n_keys, scale, cap, CAPPED, True, EVEN_D, EVEN_DV, BLOCK_N,
-    )  # fmt: skip
+    for n0 in range(begin, stop, BLOCK_N):
+        cols = n0 + tl.arange(0, BLOCK_N)
+        row, real = tl.cast(n0, tl.int64), cols < n_keys
+        k = rows_of(K + row * stride_k_row, at_k, real, in_d, EVEN_D)  # (BLOCK_N, BLOCK_D)
+        v = rows_of(V + row * stride_v_row, at_v, real, in_dv, EVEN_DV)  # (BLOCK_N, BLOCK_DV)
+        s = dot(q, tl.trans(k), None)  # (BLOCK_M, BLOCK_N)
+        dp = dot(do, tl.trans(v), None)
+        p, slope = _probabilities(s, lse[:, None], scale, cap, CAPPED)
+        if (n0 < clear) | (n0 >= clear_end):
+            p = tl.where((cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]), p, 0.0)
+        ds = p * (dp - delta[:, None]) * slope
+        dq = dot(ds.to(k.dtype), k, dq)
     tl.store(
         DQ + b * stride_dq_batch + h * stride_dq_head + far[:, None] * stride_dq_row + d[None, :],
         (dq * scale).to(DQ.dtype.element_ty), mask=there[:, None] & in_d[None, :],

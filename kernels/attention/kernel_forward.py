@@ -32,51 +32,11 @@ def capped(s, cap):
 
 
 @triton.jit
-def tile_of(X, at, present, in_width, MASKED: tl.constexpr, EVEN: tl.constexpr):
-    """Load rows of a matrix: all there (not MASKED), and all columns there (EVEN), need no mask."""
-    if MASKED:
-        if EVEN:
-            return tl.load(X + at, mask=present[:, None], other=0.0)
-        return tl.load(X + at, mask=present[:, None] & in_width[None, :], other=0.0)
+def rows_of(X, at, present, in_width, EVEN: tl.constexpr):
+    """Load rows of a matrix, 0 where there are none; a width that fills the tile (EVEN) needs no mask of its own."""
     if EVEN:
-        return tl.load(X + at)
-    return tl.load(X + at, mask=in_width[None, :], other=0.0)
-
-
-@triton.jit
-def _pass_keys(
-    a, total, top, q, K, V, stride_k_row, stride_v_row, at_k, at_v, in_d, in_dv,
-    lo, hi, start, stop, n_keys, scale, cap,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Take the keys from start to stop into the running softmax. Scores and ``top`` are in units of log 2."""
-    for n in range(start, stop, BLOCK_N):
-        cols = n + tl.arange(0, BLOCK_N)
-        row = tl.cast(n, tl.int64)
-        k = tile_of(K + row * stride_k_row, at_k, cols < n_keys, in_d, MASKED, EVEN_D)  # (BLOCK_N, BLOCK_D)
-        s = dot(q, tl.trans(k), None)  # (BLOCK_M, BLOCK_N)
-        if CAPPED:
-            s = capped(s * scale, cap) * LOG2E
-            if MASKED:
-                s = tl.where((cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]), s, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, axis=1))
-        else:
-            if MASKED:
-                s = tl.where((cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]), s, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, axis=1) * scale)
-        shift = new_top
-        if MASKED:  # a row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        if CAPPED:
-            p = tl.exp2(s - shift[:, None])
-        else:
-            p = tl.exp2(s * scale - shift[:, None])
-        old = tl.exp2(top - shift)
-        v = tile_of(V + row * stride_v_row, at_v, cols < n_keys, in_dv, MASKED, EVEN_DV)  # (BLOCK_N, BLOCK_DV)
-        total = total * old + tl.sum(p, axis=1)
-        a = dot(p.to(v.dtype), v, a * old[:, None])
-        top = new_top
-    return a, total, top
+        return tl.load(X + at, mask=present[:, None], other=0.0)
+    return tl.load(X + at, mask=present[:, None] & in_width[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["H", "group", "L_q", "L_k", "offset", "window"])
@@ -114,8 +74,8 @@ def _forward_kernel(
     if PREFIX is not None:
         prefix = tl.load(PREFIX + b).to(tl.int32)
 
-    m0 = block * BLOCK_M
-    rows = m0 + tl.arange(0, BLOCK_M)
+    start = block * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
     far = rows.to(tl.int64)
     d, dv = tl.arange(0, BLOCK_D).to(tl.int64), tl.arange(0, BLOCK_DV).to(tl.int64)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -130,8 +90,8 @@ def _forward_kernel(
     at_v = n[:, None] * stride_v_row + dv[None, :] * stride_v_col
 
     lo, hi = keys_of(rows, n_keys, offset, window, prefix, LO, HI, CAUSAL, WINDOWED, PACKED, L_q)
-    final = tl.minimum(m0 + BLOCK_M, L_q) - 1
-    lo_first, hi_first = keys_of(m0, n_keys, offset, window, prefix, LO, HI, CAUSAL, WINDOWED, PACKED, L_q)
+    final = tl.minimum(start + BLOCK_M, L_q) - 1
+    lo_first, hi_first = keys_of(start, n_keys, offset, window, prefix, LO, HI, CAUSAL, WINDOWED, PACKED, L_q)
     lo_final, hi_final = keys_of(final, n_keys, offset, window, prefix, LO, HI, CAUSAL, WINDOWED, PACKED, L_q)
     stop = tl.maximum(hi_final, 0)
     begin = lo_first // BLOCK_N * BLOCK_N
@@ -141,22 +101,25 @@ def _forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     a = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    by = scale
-    if not CAPPED:
-        by = scale * LOG2E
-    if WINDOWED or PACKED:  # keys that some rows no longer see
-        a, total, top = _pass_keys(
-            a, total, top, q, K, V, stride_k_row, stride_v_row, at_k, at_v, in_d, in_dv,
-            lo, hi, begin, clear, n_keys, by, cap, CAPPED, True, EVEN_D, EVEN_DV, BLOCK_N,
-        )  # fmt: skip
-    a, total, top = _pass_keys(
-        a, total, top, q, K, V, stride_k_row, stride_v_row, at_k, at_v, in_d, in_dv,
-        lo, hi, clear, clear_end, n_keys, by, cap, CAPPED, False, EVEN_D, EVEN_DV, BLOCK_N,
-    )  # fmt: skip
-    a, total, top = _pass_keys(  # keys that some rows do not see yet, and the end of the keys
-        a, total, top, q, K, V, stride_k_row, stride_v_row, at_k, at_v, in_d, in_dv,
-        lo, hi, clear_end, stop, n_keys, by, cap, CAPPED, True, EVEN_D, EVEN_DV, BLOCK_N,
-    )  # fmt: skip
+    for n0 in range(begin, stop, BLOCK_N):
+        cols = n0 + tl.arange(0, BLOCK_N)
+        row = tl.cast(n0, tl.int64)
+        k = rows_of(K + row * stride_k_row, at_k, cols < n_keys, in_d, EVEN_D)  # (BLOCK_N, BLOCK_D)
+        s = dot(q, tl.trans(k), None)  # (BLOCK_M, BLOCK_N)
+        unit = scale * LOG2E  # from here on in units of log 2
+        if CAPPED:
+            s = capped(s * scale, cap)
+            unit = LOG2E
+        if (n0 < clear) | (n0 >= clear_end):  # otherwise all rows see all columns
+            s = tl.where((cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]), s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1) * unit)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # exp2(-inf - 0) is 0, exp2(-inf + inf) is not
+        p = tl.exp2(s * unit - shift[:, None])
+        old = tl.exp2(top - shift)
+        v = rows_of(V + row * stride_v_row, at_v, cols < n_keys, in_dv, EVEN_DV)  # (BLOCK_N, BLOCK_DV)
+        total = total * old + tl.sum(p, axis=1)
+        a = dot(p.to(v.dtype), v, a * old[:, None])
+        top = new_top
 
     some = total > 0.0
     a = a / tl.where(some, total, 1.0)[:, None]

@@ -114,7 +114,7 @@ def _bounds_kernel(
                 high = low + window
     low = tl.minimum(tl.maximum(low, 0), n_here)
     high = tl.minimum(tl.maximum(high, 0), n_here)
-    end = tl.load(OTHER + n_documents).to(tl.int32)
+    end = tl.load(OTHER + tl.cast(n_documents, tl.int64)).to(tl.int32)
     inside = i < n
     first = tl.minimum(tl.where(packed, other + low, end), n_other)
     last = tl.minimum(tl.where(packed, other + high, end), n_other)
