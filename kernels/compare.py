@@ -33,6 +33,7 @@ class Outcome:
     verdict: Verdict
     problem: Problem | None
     error: str = ""
+    largest: Problem | None = None  # of those that failed, where a pattern shows that the smallest is too small for
 
     @builtins.property  # the bare name is a field here, as the JSON wants
     def passed(self) -> bool:
@@ -56,6 +57,7 @@ def search(
     worst = Verdict("", 0.0, 0.0)
     where: Problem | None = None
     failed: tuple[Problem, Verdict, str] | None = None
+    largest: Problem | None = None
 
     @seed(number)
     @settings(
@@ -65,7 +67,7 @@ def search(
     )  # fmt: skip
     @given(prop.strategy(function, dtype, subject.gpu))
     def run(problem: Problem) -> None:
-        nonlocal worst, where, failed
+        nonlocal worst, where, failed, largest
         try:
             with np.errstate(all="ignore"):  # 0 * inf is the right answer to some problems
                 verdicts = prop.check(subject, problem)
@@ -78,6 +80,7 @@ def search(
             worst, where = found, problem
         if not found.passed:
             failed = problem, found, ""
+            largest = problem if largest is None or _elements(problem) > _elements(largest) else largest
             raise AssertionError(f"{found.name}: measured {found.measured:.3g}, allowed {found.allowed:.3g}")
 
     try:
@@ -86,8 +89,12 @@ def search(
         if failed is None:  # hypothesis itself gave up: a strategy without examples, an internal error
             return Outcome(family, prop.name, function, dtype, subject.backend, worst, where, repr(error))
         problem, verdict, text = failed
-        return Outcome(family, prop.name, function, dtype, subject.backend, verdict, problem, text)
+        return Outcome(family, prop.name, function, dtype, subject.backend, verdict, problem, text, largest)
     return Outcome(family, prop.name, function, dtype, subject.backend, worst, where)
+
+
+def _elements(problem: Problem) -> int:
+    return sum(array.size for array in problem.inputs.values())
 
 
 def our_subject(family: str) -> Subject:
@@ -147,12 +154,16 @@ def reader_subject(family: str, spec: str) -> Subject:
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """A table of worst ratios by property, and the smallest failing case of each failure."""
-    lines = [f"{'property':<22}{'function':<16}{'dtype':<10}{'measured':>11}{'allowed':>11}{'ratio':>7}"]
+    wide = 2 + max([len(o.property) for o in outcomes], default=8)
+    wider = 2 + max([len(o.function) for o in outcomes], default=8)
+    lines = [f"{'property':<{wide}}{'function':<{wider}}{'dtype':<10}{'measured':>11}{'allowed':>11}{'ratio':>7}"]
     for o in outcomes:
         ratio = f"{o.verdict.ratio:.2f}" if o.verdict.allowed else "=" if o.passed else "/="
         mark = "" if o.passed else "   FAILED"
         measured, allowed = f"{o.verdict.measured:.2e}", f"{o.verdict.allowed:.2e}"
-        lines.append(f"{o.property:<22}{o.function:<16}{o.dtype:<10}{measured:>11}{allowed:>11}{ratio:>7}{mark}")
+        lines.append(
+            f"{o.property:<{wide}}{o.function:<{wider}}{o.dtype:<10}{measured:>11}{allowed:>11}{ratio:>7}{mark}"
+        )
     for o in outcomes:
         if not o.passed:
             lines += ["", f"{o.property} fails ({o.verdict.name}: measured {o.verdict.measured:.3g}, "
