@@ -5,6 +5,7 @@ import codecs
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,11 +13,13 @@ from minillm.checks import require, require_positive
 from minillm.cli.output import print_json
 from minillm.data import Tokenizer
 from minillm.decoding import beam_search, generate
-from minillm.decoding.interface import LanguageModel, writing_model
+from minillm.decoding.conditional import writer
+from minillm.models.making import AnyModel
 from minillm.models.pretrained import is_pretrained, load_pretrained
 from minillm.training.restore import load_model
 
 MOST_BY_DEFAULT = 200
+T5_START = 0  # its padding id
 
 
 def read_ids(text: str) -> np.ndarray:
@@ -40,10 +43,21 @@ def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> np.ndar
     return ids
 
 
-def load(checkpoint: Path) -> tuple[LanguageModel, Tokenizer | None]:
+class Loaded(NamedTuple):
+    """A model and its tokenizer; what an encoder-decoder begins with, where it is not its source's last token."""
+
+    model: AnyModel
+    tokenizer: Tokenizer | None
+    start: int | None
+
+
+def load(checkpoint: Path) -> Loaded:
     """A pretrained model, or one that a run has saved."""
-    found = load_pretrained(checkpoint) if is_pretrained(checkpoint) else load_model(checkpoint)
-    return writing_model("generate", found.model), found.tokenizer
+    if is_pretrained(checkpoint):
+        found = load_pretrained(checkpoint)
+        return Loaded(found.model, found.tokenizer, T5_START)
+    restored = load_model(checkpoint)
+    return Loaded(restored.model, restored.tokenizer, None)
 
 
 class Printer:
@@ -65,19 +79,20 @@ class Printer:
 def run(args: argparse.Namespace) -> int:
     """Load, generate and print."""
     require_positive(args.samples, "generate", "--samples", integer=True)
-    model, tokenizer = load(args.checkpoint)
+    loaded, tokenizer, start = load(args.checkpoint)
     ids = prompt_ids(args, tokenizer)
-    room = max(1, model.config.context + 1 - len(ids))
+    model, prompts = writer("generate", loaded, ids, start)
+    room = max(1, model.config.context + 1 - prompts.shape[1])
     shown = args.prompt if args.prompt_ids is None else " ".join(map(str, ids))
     streaming = args.samples == 1 and not args.json and args.beams is None
     length = min(MOST_BY_DEFAULT, room) if args.max_new_tokens is None else args.max_new_tokens
     ends = {"eos_id": None if tokenizer is None else tokenizer.eos_id, "stop": stop_sequences(args.stop, tokenizer)}
     if args.beams is not None:
-        show(args, shown, tokenizer, beam_rows(args, model, ids, length, ends))
+        show(args, shown, tokenizer, beam_rows(args, model, prompts, length, ends))
         return 0
     made = generate(
         model,
-        ids[None],
+        prompts,
         length,
         np.random.default_rng(args.seed),
         temperature=args.temperature,
@@ -105,13 +120,13 @@ def stop_sequences(texts: list[str], tokenizer: Tokenizer | None) -> list[list[i
     return [(read_ids(text) if tokenizer is None else tokenizer.encode(text)).tolist() for text in texts]
 
 
-def beam_rows(args: argparse.Namespace, model, ids: np.ndarray, length: int, ends: dict) -> Iterable[tuple]:
+def beam_rows(args: argparse.Namespace, model, prompts: np.ndarray, length: int, ends: dict) -> Iterable[tuple]:
     """The best continuations by beam search: tokens, log-probabilities, mask, terminated of each."""
     fits = args.samples <= args.beams
     require(fits, "generate", "--samples", f"at most the number of beams, {args.beams}", args.samples)
     found = beam_search(
         model,
-        ids[None],
+        prompts,
         length,
         beams=args.beams,
         length_penalty=args.length_penalty,

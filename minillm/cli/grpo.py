@@ -17,6 +17,7 @@ from minillm.data import AdditionTask
 from minillm.functional.advantages import ADVANTAGES
 from minillm.functional.kl_estimators import ESTIMATORS
 from minillm.functional.reductions import REDUCTIONS
+from minillm.models import Decoder
 from minillm.training.checkpoint import latest_checkpoint
 from minillm.training.restore import load_model
 
@@ -55,7 +56,10 @@ def build(args: argparse.Namespace) -> GRPO:
     known = restored.tokenizer == task.tokenizer
     received = f"{restored.path}, with another tokenizer"
     require(known, "grpo", "--policy", "one for sums, with the tokenizer of the task", received, hint)
-    stage = GRPO(restored.model, task, config)
+    policy = restored.model
+    require(isinstance(policy, Decoder), "grpo", "--policy", "a decoder", f"a {type(policy).__name__}", hint)
+    assert isinstance(policy, Decoder)
+    stage = GRPO(policy, task, config)
     if checkpoint is not None:
         stage.restore(checkpoint)
     return stage

@@ -10,6 +10,7 @@ from typing import Any
 
 from minillm.cli.corpus import DataSettings
 from minillm.models import Config
+from minillm.models.families import FAMILIES, tiny_settings
 from minillm.training.config import TrainingConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 600, "batch_size": 16, "lr": 4e-3, "warmup_steps": 20, "validate_every": 100,
     },
 }  # fmt: skip
+
+# The other families in the size of "tiny", each learning what its architecture is for.
+OF_A_FAMILY = {"steps": 300, "batch_size": 16, "lr": 4e-3, "warmup_steps": 20, "validate_every": 100}
+PRESETS |= {family: {**tiny_settings(family), **OF_A_FAMILY} for family in FAMILIES if family != "llama"}
 
 MODEL, TRAINING, DATA = ({f.name for f in fields(c)} for c in (Config, TrainingConfig, DataSettings))
 
@@ -57,7 +62,8 @@ def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
 
 
 def model_config(settings: Mapping[str, Any], vocab_size: int) -> Config:
-    """The part of the settings that says what learns."""
+    """The part of the settings that says what learns; an encoder has one more id, the mark that hides a token."""
+    vocab_size += settings.get("architecture") == "encoder"
     return Config.from_dict({"vocab_size": vocab_size, **{k: v for k, v in settings.items() if k in MODEL - DATA}})
 
 

@@ -1,4 +1,4 @@
-"""`minillm train`: train a decoder on the Python reference, on text of your own, or on a synthetic language.
+"""`minillm train`: train a transformer of any family on the Python reference, on text of your own, or on a synthetic language.
 
 The run's folder receives the effective configuration (config.json), metrics as JSON lines (metrics.jsonl), checkpoints,
 and at the end a report that holds the model against general-purpose compressors or against the language's entropy rate
@@ -22,7 +22,9 @@ from minillm.cli.output import print_json, print_table
 from minillm.cli.training_report import COLUMNS, report
 from minillm.data import BatchStream, read_json, write_json
 from minillm.decoding import generate
-from minillm.models import Config, Decoder
+from minillm.decoding.conditional import writer
+from minillm.models import Config
+from minillm.models.making import make_model
 from minillm.optim.schedules import SCHEDULES
 from minillm.training.checkpoint import checkpoints_in, latest_checkpoint
 from minillm.training.config import TrainingConfig
@@ -37,10 +39,10 @@ def build_trainer(
     model: Config, training: TrainingConfig, data: DataSettings, corpus: Corpus, **options: Any
 ) -> Trainer:
     """A trainer with fresh weights; model, batches and samples each have a generator of their own."""
-    decoder = Decoder(model, np.random.default_rng([training.seed, 0]))
+    made = make_model(model, np.random.default_rng([training.seed, 0]))
     stream = BatchStream(corpus.train, training.n_ctx, training.batch_size, np.random.default_rng([training.seed, 1]))
     return Trainer(
-        decoder,
+        made,
         stream,
         training,
         tokenizer=corpus.tokenizer,
@@ -65,11 +67,11 @@ def steps_in(minutes: float, model: Config, training: TrainingConfig, data: Data
 
 def show_sample(trainer: Trainer, prompt: str, length: int = 120) -> None:
     """Print what the model writes now, above the progress bar, and keep it with the metrics."""
-    if trainer.tokenizer is None:
+    if trainer.tokenizer is None or trainer.model.config.architecture == "encoder":
         return
-    ids = trainer.tokenizer.encode(prompt)[None]
-    room = trainer.model.config.context + 1 - ids.shape[1]
-    made = generate(trainer.model, ids, min(length, room), np.random.default_rng(trainer.config.seed), temperature=0.8)
+    model, ids = writer("train", trainer.model, trainer.tokenizer.encode(prompt))
+    room = model.config.context + 1 - ids.shape[1]
+    made = generate(model, ids, min(length, room), np.random.default_rng(trainer.config.seed), temperature=0.8)
     text = prompt + trainer.tokenizer.decode(made.tokens[0])
     trainer.metrics.append(step=trainer.step, sample=text)
     tqdm.write(f"step {trainer.step}: {text!r}", file=sys.stderr)

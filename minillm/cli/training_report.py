@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from minillm.cli.corpus import Corpus
 from minillm.data import compressed_bits_per_byte, next_token_chunks
 from minillm.training.evaluate import evaluate
@@ -19,10 +21,23 @@ def report(trainer: Trainer, corpus: Corpus) -> list[dict[str, Any]]:
         result = evaluate(
             trainer.model, corpus.held_out, n_ctx=n_ctx, stride=max(1, n_ctx // OVERLAP), threads=trainer.threads
         )
+    if trainer.model.config.architecture != "decoder":
+        return _against_frequencies(result.mean_nll, trainer.objective.unit, corpus)
     if corpus.source is not None:
         return _against_the_source(result.mean_nll, corpus, n_ctx)
     n_bytes = len(corpus.held_out_bytes)
     return _against_compressors(result.bits_per_byte(n_bytes, corpus.vocab_size), corpus)
+
+
+def _against_frequencies(ours: float, unit: str, corpus: Corpus) -> list[dict[str, Any]]:
+    """A model that is asked for some tokens only, beside guessing without looking at the text around them."""
+    counts = np.bincount(corpus.train, minlength=corpus.vocab_size) + 1.0
+    logp = np.log(counts / counts.sum())
+    opponents = {
+        "how often tokens are": float(-logp[corpus.held_out].mean()),
+        "uniform guessing": math.log(corpus.vocab_size),
+    }
+    return _rows(f"nats per {unit}, held out", ours, opponents)
 
 
 def _against_compressors(ours: float, corpus: Corpus) -> list[dict[str, Any]]:

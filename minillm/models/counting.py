@@ -77,6 +77,17 @@ def count_lm_head(d_model: int, V: int, bias: bool = False) -> int:
     return d_model * V + (V if bias else 0)
 
 
+def count_masked_head(d_model: int, V: int) -> int:
+    r"""Parameters of BERT's head for hidden tokens, whose output matrix is the embedding.
+
+    Equation: `mlm-loss` a map with a shift, a LayerNorm, and a shift of the logits: $d^2+3d+V$
+    Raises: ValueError for sizes that are not positive integers.
+    Source: notes §8.1; Devlin et al. 2019.
+    """
+    _check("count_masked_head", d_model=d_model, V=V)
+    return d_model * d_model + 3 * d_model + V
+
+
 def count_experts(d_model: int, d_ff: int, E: int, K_s: int = 0, gated: bool = True, router: str = "softmax") -> int:
     r"""Parameters of a layer of experts with its router.
 

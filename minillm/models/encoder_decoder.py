@@ -59,13 +59,23 @@ class EncoderDecoder(Module):
         **options: Any,
     ) -> Float[Tensor, "B L V"]:
         """Logits of the next target token after every position; ``real`` is the source's mask."""
+        return linear(self.decode_hidden(target, memory, cache, real, **options), self.output_weight)  # (B, L, V)
+
+    def decode_hidden(
+        self,
+        target: Int[np.ndarray, "B L"],
+        memory: Float[Tensor, "B S d_model"],
+        cache: ModelCache | None = None,
+        real: Bool[np.ndarray, "B S"] | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "B L d_model"]:
+        """The stream of the decoder that the head reads."""
         ids = checked_ids("EncoderDecoder", target, self.config.context)
         require(len(ids) == memory.shape[0], "EncoderDecoder", "the batch", f"the memory's, {memory.shape[0]}", ids)
         memory_keep = real_keys("EncoderDecoder", real, np.empty(memory.shape[:2]))
         positions = np.arange(ids.shape[1]) if cache is None else cache.reserve(ids.shape[1])
         x = self.decoder(self.embedding(ids), positions, cache=cache, memory=memory, memory_keep=memory_keep, **options)
-        x = x * float(self.config.d_model**-0.5) if self.config.scaled_head else x
-        return linear(x, self.output_weight)  # (B, L, V)
+        return x * float(self.config.d_model**-0.5) if self.config.scaled_head else x
 
     def forward(
         self,

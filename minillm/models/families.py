@@ -35,15 +35,40 @@ LLAMA = {
 }
 
 
+#: What makes each family what it is, beside its sizes.
+CHOICES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt": {"norm": "layernorm", "positions": "learned", "ffn": "gelu_tanh", "bias": True, "tied": True},
+    "bert": {
+        "norm": "layernorm", "norm_place": "post", "positions": "learned", "ffn": "gelu", "bias": True, "tied": True,
+        "architecture": "encoder", "n_segments": 2, "embedding_norm": True, "norm_eps": 1e-12,
+    },
+    "t5": {
+        "positions": "t5", "ffn": "relu", "divide_scores": False, "scaled_head": True, "tied": True,
+        "architecture": "encoder-decoder", "norm_eps": 1e-6,
+    },
+    "palm": {"layout": "parallel", "n_kv_heads": 1, "norm": "layernorm", "tied": True},
+    "prefix": {"architecture": "prefix"},
+    "mixtral": {"ffn": "experts", "n_experts": 8, "experts_per_token": 2},
+    "deepseek": {
+        "attention": "latent", "ffn": "experts", "router": "sigmoid", "n_experts": 8, "experts_per_token": 2,
+        "n_shared_experts": 1, "n_expert_groups": 4, "expert_groups_per_token": 2,
+    },
+    "mistral": {"window": 16, "n_kv_heads": 2},
+    "linear": {"attention": "linear", "positions": "learned"},
+    "alibi": {"positions": "alibi"},
+    "shaw": {"positions": "shaw", "shaw_distance": 8},
+}  # fmt: skip
+
+
 def gpt_config(vocab_size: int = 50_257, **sizes: Any) -> Config:
     r"""A GPT-2 decoder, 124 million parameters unless sizes are given.
 
     Equation: `gpt-config` LayerNorm pre-norm, learned positions, GELU (tanh), biases, tied head
     Source: notes §4.7, §8.6; Radford et al. 2019.
     """
-    choices = {"norm": "layernorm", "positions": "learned", "ffn": "gelu_tanh", "bias": True, "tied": True}
     full = {"d_model": 768, "n_layers": 12, "n_heads": 12, "context": 1024}
-    return Config(vocab_size, **{**full, **choices, **sizes})
+    return Config(vocab_size, **{**full, **CHOICES["gpt"], **sizes})
 
 
 def bert_config(vocab_size: int = 30_522, **sizes: Any) -> Config:
@@ -52,10 +77,8 @@ def bert_config(vocab_size: int = 30_522, **sizes: Any) -> Config:
     Equation: `bert-config` Post-LN, GELU, learned positions, segment ids, a norm behind the embedding
     Source: notes §8.1; Devlin et al. 2019.
     """
-    choices = {"norm": "layernorm", "norm_place": "post", "positions": "learned", "ffn": "gelu", "bias": True}
-    also = {"tied": True, "architecture": "encoder", "n_segments": 2, "embedding_norm": True, "norm_eps": 1e-12}
     full = {"d_model": 768, "n_layers": 12, "n_heads": 12, "context": 512}
-    return Config(vocab_size, **{**full, **choices, **also, **sizes})
+    return Config(vocab_size, **{**full, **CHOICES["bert"], **sizes})
 
 
 def t5_config(vocab_size: int = 32_128, **sizes: Any) -> Config:
@@ -64,10 +87,8 @@ def t5_config(vocab_size: int = 32_128, **sizes: Any) -> Config:
     Equation: `t5-config` RMSNorm pre-norm, relative bias, scores not divided, ReLU, no biases, tied head on $d_{\rm model}^{-1/2}\mathbf h$
     Source: notes §4.5, §4.7; Raffel et al. 2020.
     """
-    choices = {"positions": "t5", "ffn": "relu", "divide_scores": False, "scaled_head": True, "tied": True}
-    also = {"architecture": "encoder-decoder", "norm_eps": 1e-6}
     full = {"d_model": 512, "n_layers": 6, "n_heads": 8, "d_ff": 2048, "context": 512}
-    return Config(vocab_size, **{**full, **choices, **also, **sizes})
+    return Config(vocab_size, **{**full, **CHOICES["t5"], **sizes})
 
 
 def palm_config(vocab_size: int = 256_000, **sizes: Any) -> Config:
@@ -76,12 +97,23 @@ def palm_config(vocab_size: int = 256_000, **sizes: Any) -> Config:
     Equation: `palm-config` parallel block, MQA, SwiGLU, RoPE, no biases, tied head
     Source: notes §4.2, §8.9; Chowdhery et al. 2022.
     """
-    choices = {"layout": "parallel", "n_kv_heads": 1, "norm": "layernorm", "tied": True}
     full = {"d_model": 4096, "n_layers": 32, "n_heads": 16, "d_ff": 16_384, "context": 2048}
-    return Config(vocab_size, **{**full, **choices, **sizes})
+    return Config(vocab_size, **{**full, **CHOICES["palm"], **sizes})
 
 
-_TINY = {"d_model": 64, "n_layers": 2, "n_heads": 4, "context": 64, "init_std": 0.05}
+#: Sizes of a model that trains in seconds; gated networks and experts are narrower, to have as many parameters.
+TINY: dict[str, Any] = {"d_model": 64, "n_layers": 2, "n_heads": 4, "context": 64, "init_std": 0.05}
+WIDTHS = {"gpt": 256, "bert": 256, "t5": 256, "mixtral": 64, "deepseek": 64}
+FAMILIES = tuple(CHOICES)
+
+
+def tiny_settings(family: str) -> dict[str, Any]:
+    """The sizes and choices of a tiny model of a family, by name.
+
+    Raises: ValueError for an unknown family.
+    """
+    require_one_of(family, FAMILIES, "tiny", "family")
+    return {**TINY, "d_ff": WIDTHS.get(family, 172), **CHOICES[family]}
 
 
 def tiny(family: str, vocab_size: int, **changes: Any) -> Config:
@@ -89,13 +121,4 @@ def tiny(family: str, vocab_size: int, **changes: Any) -> Config:
 
     Raises: ValueError for an unknown family.
     """
-    require_one_of(family, FAMILIES, "tiny", "family")
-    sizes: dict[str, Any] = {**_TINY, "d_ff": 172 if family in ("llama", "palm", "prefix") else 256, **changes}
-    return FAMILIES[family](vocab_size, **sizes)
-
-
-def _prefix(vocab_size: int, **sizes: Any) -> Config:
-    return Config(vocab_size, architecture="prefix", **sizes)
-
-
-FAMILIES = {"llama": Config, "gpt": gpt_config, "bert": bert_config, "t5": t5_config, "palm": palm_config, "prefix": _prefix}  # fmt: skip
+    return Config(vocab_size, **{**tiny_settings(family), **changes})

@@ -41,6 +41,14 @@ class Module:
                     if isinstance(item, Module):
                         yield from item._walk(f"{prefix}{name}.{i}.")
 
+    def submodules(self) -> Iterator["Module"]:
+        """This module and all below it, in order of definition."""
+        yield self
+        for value in vars(self).values():
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(item, Module):
+                    yield from item.submodules()
+
     def parameters(self) -> list[Tensor]:
         """All parameters, in order of definition."""
         return [parameter for _, parameter in self.named_parameters()]

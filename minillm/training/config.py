@@ -32,6 +32,8 @@ class TrainingConfig:
     validate_every: int = 100
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    aux_coefficient: float = 0.01  # of the load-balancing loss, for a model with experts
+    bias_rate: float = 1e-3  # of the biases of sigmoid routers, after every step
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "n_ctx", "accumulate", "threads", "log_every", "keep_checkpoints"):
@@ -40,7 +42,8 @@ class TrainingConfig:
             require_positive(getattr(self, name), "TrainingConfig", name, integer=True, zero_ok=True)
         for name in ("lr", "max_norm"):
             require_positive(getattr(self, name), "TrainingConfig", name)
-        require_positive(self.weight_decay, "TrainingConfig", "weight_decay", zero_ok=True)
+        for name in ("weight_decay", "aux_coefficient", "bias_rate"):
+            require_positive(getattr(self, name), "TrainingConfig", name, zero_ok=True)
         for name in ("lr_min", "beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value <= 1 and (value < 1 or name == "lr_min"), "TrainingConfig", name, "in [0, 1)", value)

@@ -8,9 +8,10 @@ from jaxtyping import Int
 
 from minillm.autograd import no_grad
 from minillm.checks import require, require_positive
-from minillm.data import IGNORE
+from minillm.data import IGNORE, next_token_chunks
 from minillm.fused.losses import cross_entropy
-from minillm.models import Decoder
+from minillm.models.making import AnyModel
+from minillm.training.objectives import objective_for
 from minillm.training.step import BatchThreads
 
 
@@ -37,7 +38,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Decoder,
+    model: AnyModel,
     tokens: Int[np.ndarray, " N"],
     *,
     n_ctx: int | None = None,
@@ -54,12 +55,17 @@ def evaluate(
 
     Windows of n_ctx tokens start every ``stride`` tokens. A window scores what the one before it did not reach, so a
     smaller stride gives tokens a longer past, at a price: n_ctx / stride times the work.
+
+    A model of another architecture than a decoder is asked what it is trained on, `minillm.training.objectives`, about
+    consecutive windows; which tokens that takes is drawn from a generator of fixed seed, the same every time.
     """
     n_ctx = model.config.context if n_ctx is None else n_ctx
     stride = n_ctx if stride is None else stride
     require(tokens.ndim == 1 and len(tokens) >= 2, "evaluate", "the tokens", "one stream of at least two", tokens)
     require_positive(batch_size, "evaluate", "batch_size", integer=True)
     require(1 <= stride <= n_ctx, "evaluate", "the stride", f"in 1..{n_ctx}, the context", stride)
+    if model.config.architecture != "decoder":
+        return _evaluate_questions(model, tokens, n_ctx, batch_size, threads)
     inputs, targets = _windows(tokens.astype(np.int64), min(n_ctx, len(tokens) - 1), stride)
     threads = BatchThreads(1) if threads is None else threads
 
@@ -72,6 +78,25 @@ def evaluate(
         rows = slice(start, start + batch_size)
         nll += sum(threads.map(summed_loss, inputs[rows], targets[rows]))
     return Evaluation(nll, len(tokens) - 1)
+
+
+def _evaluate_questions(
+    model: AnyModel, tokens: np.ndarray, n_ctx: int, batch_size: int, threads: BatchThreads | None
+) -> Evaluation:
+    n_ctx = min(n_ctx, len(tokens) - 1)
+    objective, rng = objective_for(model.config, n_ctx), np.random.default_rng(0)
+    reads, targets = objective.ask(next_token_chunks(tokens.astype(np.int64), n_ctx), rng)
+    threads = BatchThreads(1) if threads is None else threads
+
+    def summed_loss(targets: np.ndarray, *reads: np.ndarray) -> float:
+        with no_grad():
+            return cross_entropy(objective.answer(model, *reads), targets, reduction="sum").item()
+
+    nll = 0.0
+    for start in range(0, len(targets), batch_size):
+        rows = slice(start, start + batch_size)
+        nll += sum(threads.map(summed_loss, targets[rows], *(array[rows] for array in reads)))
+    return Evaluation(nll, max(1, int((targets != IGNORE).sum())))
 
 
 def _windows(tokens: np.ndarray, n_ctx: int, stride: int) -> tuple[np.ndarray, np.ndarray]:

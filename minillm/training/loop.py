@@ -18,13 +18,18 @@ from tqdm import tqdm
 from minillm.autograd import Tensor
 from minillm.checks import require
 from minillm.data import IGNORE, Batch, Tokenizer
+from minillm.functional.balance import moe_total_loss
 from minillm.fused.losses import cross_entropy
-from minillm.models import Decoder
+from minillm.models import Config
+from minillm.models.making import AnyModel
+from minillm.nn.experts import Routing
 from minillm.optim import AdamW
 from minillm.training.checkpoint import Checkpoint, checkpoint_path, keep_newest, read_checkpoint, write_checkpoint
 from minillm.training.config import TrainingConfig
 from minillm.training.evaluate import evaluate
+from minillm.training.experts import expert_layers, mean_aux_loss, update_biases
 from minillm.training.metrics import MetricsLog
+from minillm.training.objectives import draws_in_training, objective_for
 from minillm.training.step import BatchThreads
 from minillm.training.versions import versions, warn_of_differences
 
@@ -52,6 +57,7 @@ class Trainer:
 
     Equation: `training-step` forward → loss → backward → clip → optimiser → schedule
     Equation: `grad-accumulation` a step's batches are weighted by their token counts
+    Equation: `moe-total-loss` with experts, the load-balancing loss is added, and biases of sigmoid routers move
     Raises: ValueError if the sequences are longer than the model's context.
     Source: topics #8; deepseek (common algorithm).
 
@@ -62,7 +68,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Decoder,
+        model: AnyModel,
         stream: Stream,
         config: TrainingConfig,
         *,
@@ -76,6 +82,10 @@ class Trainer:
         context = model.config.context
         require(config.n_ctx <= context, "Trainer", "n_ctx", f"at most {context}, the model's context", config.n_ctx)
         self.model, self.stream, self.config = model, stream, config
+        self.objective = objective_for(model.config, config.n_ctx)
+        self.rng = np.random.default_rng([config.seed, 4])  # of the objective and of what a pass draws
+        self.experts = expert_layers(model)
+        self.draws = draws_in_training(model.config)
         self.folder = None if folder is None else Path(folder)
         self.held_out, self.tokenizer, self.on_look = held_out, tokenizer, on_look
         self.extra_config = extra_config or {}
@@ -126,15 +136,26 @@ class Trainer:
         Raises: FloatingPointError if loss or gradient is not finite; parameters and checkpoints stay as they were.
         """
         start = time.perf_counter()
-        batches = [self.stream.next_batch() for _ in range(self.config.accumulate)]
-        n_targets = max(1, sum(int((batch.targets != IGNORE).sum()) for batch in batches))
+        questions = [self.objective.ask(self.stream.next_batch(), self.rng) for _ in range(self.config.accumulate)]
+        n_targets = max(1, sum(int((q.targets != IGNORE).sum()) for q in questions))
+        n_rows = sum(len(q.targets) for q in questions)
+        loads: list[list[np.ndarray]] = []
 
-        def loss_of_share(inputs: np.ndarray, targets: np.ndarray) -> Tensor:
-            return cross_entropy(self.model(inputs), targets, divisor=n_targets)
+        def loss_of_share(targets: np.ndarray, seeds: np.ndarray, *reads: np.ndarray) -> Tensor:
+            options: dict[str, Any] = {"rng": np.random.default_rng(seeds)} if self.draws else {}
+            record: list[Routing] = []
+            options |= {"record": record} if self.experts else {}
+            loss = cross_entropy(self.objective.answer(self.model, *reads, **options), targets, divisor=n_targets)
+            if not record:
+                return loss
+            loads.append([routing.loads for routing in record])
+            share = len(targets) / n_rows
+            return moe_total_loss(loss, mean_aux_loss(record), self.config.aux_coefficient * share)
 
         loss, shares = 0.0, []
-        for batch in batches:
-            part, gradients = self.threads.gradients(loss_of_share, self.optimizer.parameters, *batch)
+        for reads, targets in questions:
+            seeds = self.rng.integers(2**32, size=len(targets)) if self.draws else np.zeros(len(targets), np.int64)
+            part, gradients = self.threads.gradients(loss_of_share, self.optimizer.parameters, targets, seeds, *reads)
             loss, shares = loss + part, shares + gradients
         if not math.isfinite(loss):
             raise FloatingPointError(self._divergence(f"the loss must be finite, got {loss}"))
@@ -143,6 +164,7 @@ class Trainer:
             norm = self.optimizer.step(shares, max_norm=self.config.max_norm)
         except FloatingPointError as error:
             raise FloatingPointError(self._divergence("the gradient must be finite, got NaN or infinity")) from error
+        update_biases(self.experts, loads, self.config.bias_rate)
         self.step += 1
         self.seconds += time.perf_counter() - start
         if self._is_due(self.config.log_every):
@@ -162,7 +184,7 @@ class Trainer:
             result = evaluate(self.model, self.held_out.tokens, n_ctx=self.config.n_ctx, threads=self.threads)
             self.validation_loss = result.mean_nll
             line = {"step": self.step, "validation_loss": result.mean_nll}
-            if self.held_out.n_bytes is not None:
+            if self.held_out.n_bytes is not None and self.model.config.architecture == "decoder":
                 line["bits_per_byte"] = result.bits_per_byte(self.held_out.n_bytes, self.model.config.vocab_size)
             self.metrics.append(**line)
         if self.on_look is not None:
@@ -187,6 +209,7 @@ class Trainer:
             "validation_loss": None if math.isnan(self.validation_loss) else self.validation_loss,
             "config": self.effective_config,
             "data": self.stream.state_dict(),
+            "rng": self.rng.bit_generator.state,
             "tokenizer": None if self.tokenizer is None else self.tokenizer.to_dict(),
             "versions": versions(self.config.threads),
         }
@@ -199,11 +222,14 @@ class Trainer:
         Warns if Python, NumPy or the number of threads have changed since: results may differ in the last bits.
         """
         saved = read_checkpoint(path)
-        for what in ("model", "training"):
-            _require_same(saved.record.get("config", {}).get(what), self.effective_config[what], what, path)
+        for what, complete in (("model", Config.from_dict), ("training", lambda values: TrainingConfig(**values))):
+            before = _completed(saved.record.get("config", {}).get(what), complete)
+            _require_same(before, self.effective_config[what], what, path)
         self.model.load_state_dict(saved.part("model"))
         self.optimizer.load_state_dict(saved.part("optimizer"))
         self.stream.load_state_dict(saved.record["data"])
+        if "rng" in saved.record:  # older checkpoints are of decoders, which draw nothing
+            self.rng.bit_generator.state = saved.record["rng"]
         self.step, self.seconds = saved.record["step"], saved.record["seconds"]
         loss = saved.record.get("validation_loss")
         self.validation_loss = math.nan if loss is None else loss
@@ -221,6 +247,14 @@ class Trainer:
             else "No checkpoint was written."
         )
         return f"train: {what} at step {self.step + 1}. {kept} Lower the learning rate or look at the data."
+
+
+def _completed(saved: Any, complete: Callable[[dict[str, Any]], Any]) -> Any:
+    """A saved configuration with the defaults of settings that came later; one that cannot be read stays as it is."""
+    try:
+        return complete(saved).to_dict()
+    except (TypeError, ValueError, AttributeError):
+        return saved
 
 
 def _require_same(saved: Any, wanted: dict[str, Any], what: str, path: str | os.PathLike) -> None:

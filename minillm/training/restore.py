@@ -9,7 +9,8 @@ import numpy as np
 
 from minillm.checks import message, require
 from minillm.data import Tokenizer, tokenizer_from_dict
-from minillm.models import Config, Decoder
+from minillm.models import Config
+from minillm.models.making import AnyModel, count_made, make_model
 from minillm.training.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 
 LONGEST_CONTEXT = 1 << 24
@@ -18,7 +19,7 @@ LONGEST_CONTEXT = 1 << 24
 class Restored(NamedTuple):
     """A model as it was saved, its tokenizer if it has one, and the whole checkpoint."""
 
-    model: Decoder
+    model: AnyModel
     tokenizer: Tokenizer | None
     checkpoint: Checkpoint
     path: Path
@@ -35,7 +36,7 @@ def load_model(path: str | os.PathLike) -> Restored:
     config = model_config(checkpoint.record, path)
     weights = checkpoint.part("model")
     check_shapes(weights, config, path)  # before a model of that size is made
-    model = Decoder(config, np.random.default_rng(0))
+    model = make_model(config, np.random.default_rng(0))
     model.load_state_dict(weights)
     saved = checkpoint.record.get("tokenizer")
     return Restored(model, None if saved is None else tokenizer_from_dict(saved), checkpoint, path)
@@ -47,7 +48,7 @@ def model_config(record: Mapping[str, Any], path: str | os.PathLike) -> Config:
         config = Config.from_dict(record["config"]["model"])
     except (KeyError, TypeError) as error:
         received = f"one that does not describe its model ({error})"
-        raise ValueError(message("load_model", f"the file {path}", "a checkpoint of a decoder", received)) from error
+        raise ValueError(message("load_model", f"the file {path}", "a checkpoint with its model", received)) from error
     require(
         config.context <= LONGEST_CONTEXT, "load_model", "the context", f"at most {LONGEST_CONTEXT}", config.context
     )
@@ -55,7 +56,13 @@ def model_config(record: Mapping[str, Any], path: str | os.PathLike) -> Config:
 
 
 def check_shapes(weights: Mapping[str, np.ndarray], config: Config, path: str | os.PathLike) -> None:
-    """Raise ValueError unless the arrays are those of a decoder of this configuration."""
+    """Raise ValueError unless the arrays may be those of a model of this configuration: array by array for a `Decoder`,
+    by how many numbers there are for others, whose names and shapes `load_state_dict` then compares."""
+    if not config.is_llama:
+        received, wanted = sum(array.size for array in weights.values()), count_made(config)
+        what = f"the numbers in {path}"
+        require(received == wanted, "load_model", what, f"{wanted}, as its configuration says", str(received))
+        return
     blocks = sum(name.endswith("attention.w_qkv") for name in weights)
     require(blocks == config.n_layers, "load_model", f"the layers in {path}", str(config.n_layers), str(blocks))
     wanted = decoder_shapes(config)
