@@ -226,11 +226,13 @@ def _read_cubin(cubin: bytes, listing: str, result: Any, threads: int) -> Compil
 
 
 def _read_amdgcn(listing: str, result: Any, threads: int) -> Compiled:
+    stack = sass.directive(listing, "private_segment_fixed_size")
+    # Scalar registers without a stack went to lanes of vector registers: no memory is touched, so nothing spilled.
+    scalar = sass.directive(listing, "sgpr_spill_count") if stack else 0
     used = {
-        "registers": sass.directive(listing, "vgpr_count"),
-        "stack": sass.directive(listing, "private_segment_fixed_size"),
-        "spills": sass.directive(listing, "vgpr_spill_count") + sass.directive(listing, "sgpr_spill_count"),
-    }
+        "registers": sass.directive(listing, "vgpr_count"), "stack": stack,
+        "spills": sass.directive(listing, "vgpr_spill_count") + scalar,
+    }  # fmt: skip
     return _compiled(result, sass.count_amd(listing), used, threads, listing)
 
 
