@@ -10,6 +10,9 @@ import functools
 
 import torch
 
+from kernels import aot
+from kernels.attention import witness
+
 SAFE = (13, 3)
 HOPPER = (9, 0)
 
@@ -44,9 +47,6 @@ _solving = False  # the witnesses call the kernels themselves
 def _witnessed(index: int) -> tuple[str, dict[str, int]]:
     """The assembler's version and the exact problems that come out wrong on this GPU (none where it is trusted)."""
     global _solving
-    from kernels import aot
-    from kernels.attention import witness
-
     assembler = aot.assembler_version()
     if trusted(torch.cuda.get_device_capability(index), assembler):
         return assembler, {}

@@ -1,15 +1,47 @@
 """What is compiled ahead of time for attention: every kernel at its shipped tiles, and what must come out."""
 
-from kernels.aot import Argument, Build, constant, integer, pointer, real
+from collections.abc import Callable
+
+from kernels.aot import Argument, Build, Compiled, constant, integer, pointer, real
 from kernels.attention import kernel_backward, kernel_forward, kernel_masks
-from kernels.attention.config import Plan, Tile, padded, plan_for
+from kernels.attention.config import Tile, padded, plan_for
 from kernels.attention.launch import BOUNDS_BLOCK, DELTA_ROWS
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 ABSENT = constant(None)
 UNIT = constant(1)  # the launcher turns a stride of 1 into a constant, and so do we
 UNUSED = integer(aligned=True)  # 0: no window, the stride of an absent tensor
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+WIDTHS = ((64, 64), (128, 128), (256, 256))
+ODD_WIDTHS = ((96, 96), (192, 128))
 VARIANTS = ("full", "causal", "window", "padding", "prefix", "packed", "capped")
+
+
+def builds(thorough: bool = False) -> list[Build]:
+    """The causal kernels at every class of widths in bf16 and one in fp32, and the two small kernels.
+
+    ``thorough`` takes all masks, all dtypes and odd widths, so that everything shipped is compiled.
+    """
+    wanted = [("causal", "bf16", widths) for widths in WIDTHS] + [("causal", "fp32", (128, 128))]
+    if thorough:
+        wanted = [(variant, "bf16", widths) for variant in VARIANTS for widths in WIDTHS]
+        wanted += [("causal", "bf16", widths) for widths in ODD_WIDTHS]
+        wanted += [
+            (variant, dtype, widths)
+            for variant in ("causal", "packed")
+            for dtype in ("fp16", "fp32")
+            for widths in WIDTHS
+        ]
+    found = []
+    for target in TARGETS:
+        for variant, dtype, widths in wanted:
+            plan = plan_for(target, ITEMSIZE[dtype], *widths)
+            found.append(forward(target, variant, dtype, *widths, plan.forward))
+            found.append(backward_keys(target, variant, dtype, *widths, plan.keys))
+            found.append(backward_queries(target, variant, dtype, *widths, plan.queries))
+    for dtype in ("bf16", "fp32") if thorough else ("bf16",):
+        found += [delta(dtype, width, arriving) for width in (64, 128, 256) for arriving in (False, True)]
+    return found + [bounds(queries) for queries in (False, True)]
 
 
 def _strides(names: str, aligned: bool = True, col: bool = True) -> dict[str, Argument]:
@@ -51,10 +83,38 @@ def _config(variant: str, dtype: str, d: int, d_v: int, tile: Tile) -> str:
     return f"{variant} {dtype} {d}/{d_v} {tile.block_m}x{tile.block_n}"
 
 
-def _build(function, variant: str, dtype: str, d: int, d_v: int, tile: Tile, arguments: dict, target: str) -> Build:
+def products(target: str, tile: Tile, sizes: list[tuple[int, int, int]]) -> int | None:
+    """How many tensor-core instructions a warp issues for products of these sizes (rows, columns, summands) of 16 bits.
+
+    Ampere: 16 x 8 x 16 each, shared among the warps. Hopper: 64 rows a group of four warps, all columns, 16
+    summands each, where the rows are enough for all groups. Otherwise None: no closed form.
+    """
+    if target == "sm_80" and all(
+        m * n >= 16 * 16 * tile.warps for m, n, _ in sizes
+    ):  # otherwise warps repeat each other
+        return sum(m * n * k // (16 * 8 * 16 * tile.warps) for m, n, k in sizes)
+    if target == "sm_90" and all(m % (16 * tile.warps) == 0 for m, _, _ in sizes):
+        return sum(m // (16 * tile.warps) * k // 16 for m, _, k in sizes)
+    return None
+
+
+def _expect(dtype: str, tile: Tile, sizes: list[tuple[int, int, int]]) -> Callable[[Compiled, str], list[str]]:
+    def expect(compiled: Compiled, target: str) -> list[str]:
+        wanted = products(target, tile, sizes) if dtype != "fp32" else None
+        if wanted is None or compiled.tensor_core == wanted:
+            return []
+        return [f"has {compiled.tensor_core} tensor-core instructions, {wanted} follow from the tile's sizes"]
+
+    return expect
+
+
+def _build(
+    function, variant: str, dtype: str, d: int, d_v: int, tile: Tile, arguments: dict, target: str,
+    sizes: list[tuple[int, int, int]],
+) -> Build:  # fmt: skip
     return Build(
         function, _config(variant, dtype, d, d_v, tile), arguments | _constants(variant, tile, d, d_v), tile.warps,
-        None, stages=tile.stages, targets=(target,),
+        None, stages=tile.stages, targets=(target,), expect=_expect(dtype, tile, sizes),
     )  # fmt: skip
 
 
@@ -65,7 +125,9 @@ def forward(target: str, variant: str, dtype: str, d: int, d_v: int, tile: Tile)
         **dict.fromkeys(("Q", "K", "V", "OUT"), data), "LSE": pointer("fp32"), **_mask(variant, True), **_numbers("H"),
         **_strides("q k v"), **_strides("o", col=False),
     }  # fmt: skip
-    return _build(kernel_forward._forward_kernel, variant, dtype, d, d_v, tile, arguments, target)
+    m, n, sizes = tile.block_m, tile.block_n, (padded(d), padded(d_v))
+    of = [(m, n, sizes[0]), (m, sizes[1], n)]
+    return _build(kernel_forward._forward_kernel, variant, dtype, d, d_v, tile, arguments, target, of)
 
 
 def backward_keys(target: str, variant: str, dtype: str, d: int, d_v: int, tile: Tile) -> Build:
@@ -76,7 +138,9 @@ def backward_keys(target: str, variant: str, dtype: str, d: int, d_v: int, tile:
         **dict.fromkeys(("DK", "DV_OUT"), data), **_mask(variant, False), **_numbers("H_kv"),
         **_strides("q k v do"), **_strides("dk dv", col=False),
     }  # fmt: skip
-    return _build(kernel_backward._backward_keys_kernel, variant, dtype, d, d_v, tile, arguments, target)
+    m, n, sizes = tile.block_m, tile.block_n, (padded(d), padded(d_v))
+    of = [(n, m, sizes[0]), (n, m, sizes[1]), (n, sizes[1], m), (n, sizes[0], m)]
+    return _build(kernel_backward._backward_keys_kernel, variant, dtype, d, d_v, tile, arguments, target, of)
 
 
 def backward_queries(target: str, variant: str, dtype: str, d: int, d_v: int, tile: Tile) -> Build:
@@ -86,4 +150,30 @@ def backward_queries(target: str, variant: str, dtype: str, d: int, d_v: int, ti
         **dict.fromkeys(("Q", "K", "V", "DO"), data), **dict.fromkeys(("LSE", "DELTA"), pointer("fp32")), "DQ": data,
         **_mask(variant, True), **_numbers("H"), **_strides("q k v do"), **_strides("dq", col=False),
     }  # fmt: skip
-    return _build(kernel_backward._backward_queries_kernel, variant, dtype, d, d_v, tile, arguments, target)
+    m, n, sizes = tile.block_m, tile.block_n, (padded(d), padded(d_v))
+    of = [(m, n, sizes[0]), (m, n, sizes[1]), (m, sizes[0], n)]
+    return _build(kernel_backward._backward_queries_kernel, variant, dtype, d, d_v, tile, arguments, target, of)
+
+
+def delta(dtype: str, d_v: int, arriving: bool) -> Build:
+    """The number a query that the backward begins with; ``arriving``: something arrives at the log-sum-exps."""
+    arguments = {
+        "OUT": pointer(dtype), "DO": pointer(dtype), "DLSE": pointer("fp32") if arriving else ABSENT, "DELTA": pointer("fp32"),
+        **{name: integer(False) for name in ("n_rows", "H", "L_q")}, **_strides("o", col=False), **_strides("do"),
+        **{name: UNUSED for name in _strides("dlse", col=False)},
+        "DV": constant(d_v), "BLOCK_M": constant(DELTA_ROWS), "BLOCK_DV": constant(padded(d_v)),
+    }  # fmt: skip
+    config = f"{dtype} {d_v}{' with dlse' if arriving else ''}"
+    return Build(kernel_backward._delta_kernel, config, arguments, 4)
+
+
+def bounds(queries: bool) -> Build:
+    """The intervals of packed documents."""
+    row = pointer("i32")
+    arguments = {
+        **dict.fromkeys(("STARTS", "OTHER", "FROM", "TO"), row),
+        **{name: integer(False) for name in ("n", "n_other", "n_documents", "window")},
+        "CAUSAL": constant(True), "WINDOWED": constant(True), "BOTTOM_RIGHT": constant(True), "QUERIES": constant(queries),
+        "STEPS": constant(10), "BLOCK": constant(BOUNDS_BLOCK),
+    }  # fmt: skip
+    return Build(kernel_masks._bounds_kernel, "queries" if queries else "keys", arguments, 4)

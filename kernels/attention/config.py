@@ -1,4 +1,18 @@
-"""Tile sizes as pure functions of the machine, the dtype and the head widths: no search at run time."""
+"""Tile sizes as pure functions of the machine, the dtype and the head widths: no search at run time, no GPU needed.
+
+What decides them, as long as no GPU has said otherwise (`python -m kernels compile attention` shows all of it):
+
+- Nothing may spill, under any mask. An accumulator of fp32 costs BLOCK_M x width / threads registers a thread, and
+  dK and dV together twice BLOCK_N x width / threads, which is why the pass for keys takes few queries at a time.
+- Hopper multiplies 64 rows by up to 256 columns a group of four warps: eight warps on 128 rows make one instruction of
+  each product and step of 16, and with few columns the reading of shared memory, not the multiplying, is the limit.
+- Two tiles of K and V on their way (``stages``) fit 227 KB on Hopper and Blackwell at every width, 163 KB on Ampere.
+  AMD has 64 KB and loads through registers: one stage, smaller tiles.
+- fp32 is multiplied exactly, without tensor cores, so its tiles are small; it is there for checking, not for speed.
+
+The three tables were made by compiling neighbours and taking the largest tile without a spill in every variant;
+`python -m kernels bench attention --sweep` times the neighbours on a GPU.
+"""
 
 from dataclasses import dataclass
 
@@ -15,11 +29,42 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of the three kernels that multiply matrices."""
+    """The tiles of the three kernels that multiply matrices: the forward, the pass for dK and dV, the pass for dQ."""
 
     forward: Tile
     keys: Tile
     queries: Tile
+
+
+CLASSES = (64, 128, 256)  # the wider of the two head widths, padded: the smallest class that holds it
+SHORT = {  # 16-bit elements
+    "sm_90": (
+        Plan(Tile(128, 128, 8, 3), Tile(64, 128, 8), Tile(128, 64, 8, 3)),
+        Plan(Tile(128, 128, 8), Tile(32, 128, 8), Tile(128, 64, 8)),
+        Plan(Tile(128, 32, 8, 3), Tile(32, 32, 8), Tile(64, 32, 8)),
+    ),
+    "sm_100": (
+        Plan(Tile(128, 128, 8, 2), Tile(64, 64, 8), Tile(128, 64, 8)),
+        Plan(Tile(128, 64, 8), Tile(32, 64, 8), Tile(128, 64, 8)),
+        Plan(Tile(128, 32, 8), Tile(32, 32, 8), Tile(64, 32, 8)),
+    ),
+    "sm_80": (
+        Plan(Tile(128, 64, 8, 3), Tile(32, 128, 8), Tile(128, 64, 8)),
+        Plan(Tile(128, 64, 8), Tile(64, 64, 8), Tile(64, 64, 8)),
+        Plan(Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 4)),
+    ),
+    "gfx942": (
+        Plan(Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+        Plan(Tile(128, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)),
+        Plan(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    ),
+}
+LONG = (  # fp32, on every machine
+    Plan(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1)),
+    Plan(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    Plan(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+INTERPRETER = Plan(Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1))  # so that short texts cross blocks
 
 
 def next_power_of_two(n: int) -> int:
@@ -32,8 +77,15 @@ def padded(width: int) -> int:
     return max(next_power_of_two(width), 16)
 
 
+def table_of(target: str) -> str:
+    """Which table serves a target: its own, or Ampere's, whose tiles fit the 99 KB of smaller GPUs as well."""
+    return target if target in SHORT else "sm_80"
+
+
 def plan_for(target: str, itemsize: int, d_head: int, d_v: int) -> Plan:
-    """The tiles for a target (``sm_80`` ...), an element size in bytes and the head widths."""
+    """The tiles for a target (``sm_80`` ..., or ``interpreter``), an element size in bytes and the head widths."""
     if target == "interpreter":
-        return Plan(Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1))
-    return Plan(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4))
+        return INTERPRETER
+    width = max(padded(d_head), padded(d_v))
+    kind = next(n for n, limit in enumerate(CLASSES) if width <= limit)
+    return LONG[kind] if itemsize == 4 else SHORT[table_of(target)][kind]

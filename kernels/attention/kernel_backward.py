@@ -55,10 +55,13 @@ def _delta_kernel(
 @triton.jit
 def _probabilities(s, lse, scale, cap, CAPPED: tl.constexpr):
     """p from scores that are not scaled yet, and the derivative of the soft cap (1 without one)."""
+    slope = 1.0
+    unit = scale * LOG2E
     if CAPPED:
         s = capped(s * scale, cap)
-        return tl.exp2(s * LOG2E - lse), 1.0 - (s / cap) * (s / cap)
-    return tl.exp2(s * (scale * LOG2E) - lse), 1.0
+        slope = 1.0 - (s / cap) * (s / cap)
+        unit = LOG2E
+    return tl.exp2(s * unit - lse), slope
 
 
 @triton.jit(do_not_specialize=["H_kv", "group", "L_q", "L_k", "offset", "window"])

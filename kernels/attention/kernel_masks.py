@@ -66,7 +66,7 @@ def queries_of(
 def _document(STARTS, i, n_documents, STEPS: tl.constexpr):
     """The last document that starts at or before i, by bisection: empty documents before it are passed over."""
     low = i * 0
-    high = low + n_documents
+    high = low + tl.cast(n_documents, tl.int32)
     for _ in range(STEPS):
         middle = (low + high + 1) // 2
         start = tl.load(STARTS + middle.to(tl.int64))  # starts has n_documents + 1 entries, so this is inside
@@ -105,13 +105,13 @@ def _bounds_kernel(
         if QUERIES:
             high = place + offset + 1
             if WINDOWED:
-                low = high - window
+                low = high - tl.cast(window, tl.int32)
         else:
             if BOTTOM_RIGHT:
                 offset = length - n_here  # the roles are exchanged, and so is the offset
             low = place - offset
             if WINDOWED:
-                high = low + window
+                high = low + tl.cast(window, tl.int32)
     low = tl.minimum(tl.maximum(low, 0), n_here)
     high = tl.minimum(tl.maximum(high, 0), n_here)
     end = tl.load(OTHER + tl.cast(n_documents, tl.int64)).to(tl.int32)

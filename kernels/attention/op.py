@@ -131,7 +131,7 @@ def _checked(
     starts_q, starts_k = starts or (None, None)
     operands = (
         q, k, v, key_lengths, prefix, starts_q, starts_k,
-        bool(causal), int(window or 0), align == BOTTOM_RIGHT, float(scale), float(softcap or 0.0),
+        bool(causal), min(int(window or 0), q.shape[2] + k.shape[2]), align == BOTTOM_RIGHT, float(scale), float(softcap or 0.0),
     )  # fmt: skip
     if type(q) is Tensor and not torch.compiler.is_compiling():
         return Attention.apply(*operands)  # type: ignore[return-value]
