@@ -8,17 +8,16 @@ the time of a kernel made of small functions. `quicken` leaves that out where it
 from typing import Any
 
 import triton.language as tl
+from triton.runtime import interpreter
 
 
 def quicken() -> bool:
     """Let device functions be called without replacing the language again; whether this version could be helped."""
     try:
-        from triton.runtime import interpreter
-
         function: Any = interpreter.InterpretedFunction
         patch = interpreter._patch_lang
         function.rewrite, interpreter.InterpreterError  # noqa: B018 (this version has what is used below)
-    except (ImportError, AttributeError):
+    except AttributeError:
         return False
 
     def call(self, *arguments, **named):
