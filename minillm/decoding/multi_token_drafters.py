@@ -1,5 +1,7 @@
 r"""Proposing with what multi-token prediction has trained: the model drafts for itself."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -8,22 +10,24 @@ from minillm.checks import require
 from minillm.decoding.law import Law
 from minillm.decoding.speculative import Draft
 from minillm.models.multi_token import ParallelPrediction, SequentialPrediction
-from minillm.nn.cache import KVCache
 
 
 class _SelfDrafter:
     """What the two drafters share: a cache of one layer for every head, and drawing from a head's logits."""
 
     def __init__(self, model: SequentialPrediction | ParallelPrediction, n_heads: int, law: Law | None):
+        config = model.trunk.config
+        forgets = config.window is None and config.attention != "linear"
+        received = f"window = {config.window}, attention = {config.attention!r}"
+        hint = "Draft with another model: a ring or a running sum cannot drop what was rejected."
+        wanted = "one whose caches can drop tokens, without a window or linear attention"
+        require(forgets, type(self).__name__, "the trunk", wanted, received, hint)
         self.model, self.n_heads, self.law = model, n_heads, Law() if law is None else law
+        self.heads: list[Any] = model.modules if isinstance(model, SequentialPrediction) else model.heads
 
     def begin(self, text: Int[np.ndarray, " T"]) -> None:
         """Start a new text with empty caches."""
-        c = self.model.trunk.config
-        self.caches = [
-            KVCache(1, 1, c.n_kv_heads or c.n_heads, c.context, c.d_head, self.model.trunk.output_weight.dtype)
-            for _ in range(self.n_heads)
-        ]
+        self.caches = [head.new_cache(self.model.trunk.output_weight.dtype) for head in self.heads]
 
     def _law(self, normed: Tensor, text: np.ndarray) -> Float[np.ndarray, " V"]:
         logits = normed.data[:, -1] @ self.model.trunk.output_weight.data.T  # (1, V)
@@ -77,10 +81,10 @@ class SequentialDrafter(_SelfDrafter):
             start = cache.length
             below = (stream if i == 1 else self.streams[i - 2])[start : T - 1]
             tokens = self.model.trunk.embedding(written[None, start + i : T - 1 + i])
-            h = module(Tensor(np.ascontiguousarray(below)[None]), tokens, self.model.angles, cache)
+            h = module(Tensor(np.ascontiguousarray(below)[None]), tokens, cache)
             self.streams[i - 1, start : T - 1] = h.data[0]
             self.final[i - 1] = max(0, T - i)
-            laws.append(self._law(module.norm(h[:, -1:]), written))
+            laws.append(self._law(module.out(h[:, -1:]), written))
             written = np.append(written, rng.choice(V, p=laws[-1]))
         return _draft(written[T:].tolist(), laws, V)
 
@@ -107,7 +111,7 @@ class ParallelDrafter(_SelfDrafter):
         written, laws = text, []
         for head, cache in list(zip(self.model.heads, self.caches, strict=True))[: count if T > 1 else 0]:
             new = np.ascontiguousarray(stream[cache.length :])
-            h = head(Tensor(new[None]), self.model.angles, cache)
-            laws.append(self._law(head.norm(h[:, -1:]), written))
+            h = head(Tensor(new[None]), cache)
+            laws.append(self._law(head.out(h[:, -1:]), written))
             written = np.append(written, rng.choice(V, p=laws[-1]))
         return _draft(written[T:].tolist(), laws, V)

@@ -9,20 +9,33 @@ from minillm.autograd import no_grad
 from minillm.decoding import Law, generate, speculative_generate
 from minillm.decoding.multi_token_drafters import ParallelDrafter, SequentialDrafter
 from minillm.fused.linear import linear
-from minillm.models import Config, Decoder
+from minillm.models import Config, Decoder, Transformer
 from minillm.models.multi_token import ParallelPrediction, SequentialPrediction
 from minillm.optim import AdamW
 from minillm.training.step import loss_and_gradients
 
 V, CONTEXT = 12, 48
+GENERAL = {
+    "gpt": {"norm": "layernorm", "positions": "learned", "ffn": "gelu", "bias": True},
+    "t5 positions": {"positions": "t5", "ffn": "relu"},
+    "alibi, parallel": {"positions": "alibi", "layout": "parallel"},
+    "latent, experts": {"attention": "latent", "ffn": "experts", "n_experts": 4, "router": "sigmoid"},
+    "linear": {"attention": "linear", "positions": "none"},
+    "window": {"window": 4},
+    "post": {"norm_place": "post", "scaled_head": True, "positions": "shaw"},
+}
 KINDS = {"sequential": (SequentialPrediction, SequentialDrafter), "parallel": (ParallelPrediction, ParallelDrafter)}
 BOTH = pytest.mark.parametrize("kind", KINDS)
 
 
-def build(kind: str, reach: int = 2, seed: int = 0):
+def build(kind: str, reach: int = 2, seed: int = 0, general: str | None = None):
     """A trunk and what predicts ``reach`` tokens beyond the next."""
     rng = np.random.default_rng(seed)
-    trunk = Decoder(Config(V, 32, 2, 4, n_kv_heads=2, context=CONTEXT, tied=True, init_std=0.15), rng)
+    sizes = {"context": CONTEXT, "tied": True, "init_std": 0.15}
+    if general is None:
+        trunk = Decoder(Config(V, 32, 2, 4, n_kv_heads=2, **sizes), rng)
+    else:
+        trunk = Transformer(Config(V, 32, 2, 4, d_ff=24, **{**sizes, **GENERAL[general]}), rng)
     model_class, drafter_class = KINDS[kind]
     model = model_class(trunk, reach if kind == "sequential" else reach + 1, rng)
     return model, drafter_class
@@ -100,7 +113,7 @@ def _module_streams(model, ids):
     L = ids.shape[1]
     h, streams = model.trunk.hidden(ids), []
     for i, module in enumerate(model.modules, start=1):
-        h = module(h[:, :-1], model.trunk.embedding(ids[:, i:L]), model.angles)
+        h = module(h[:, :-1], model.trunk.embedding(ids[:, i:L]))
         streams.append(h)
     return streams
 
@@ -131,13 +144,72 @@ def test_the_drafts_with_caches_are_those_of_the_whole_text(kind):
             for i in range(1, len(draft.tokens) + 1):
                 if kind == "sequential":
                     module = model.modules[i - 1]
-                    h = module(h, model.trunk.embedding(written[None, i : T - 1 + i]), model.angles)
+                    h = module(h, model.trunk.embedding(written[None, i : T - 1 + i]))
                     out = module.norm(h)
                 else:
-                    out = model.heads[i - 1].norm(model.heads[i - 1](h, model.angles))
+                    out = model.heads[i - 1].norm(model.heads[i - 1](h))
                 z = linear(out[:, -1:], model.trunk.output_weight).data[0, 0].astype(np.float64)
                 law = np.exp(z - z.max())
                 np.testing.assert_allclose(draft.laws[i - 1], law / law.sum(), rtol=2e-4, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.equation("mtp-loss", "mtp-sequential-module", "mtp-parallel-heads")
+@pytest.mark.parametrize("general", GENERAL)
+def test_a_general_trunk_looks_ahead_without_seeing_it(kind, general):
+    model, _ = build(kind, general=general)
+    ids = text(np.random.default_rng(0), 2, 12)
+    losses, again = model.losses(ids), ids.copy()
+    _, gradients = loss_and_gradients(losses.total(0.5), model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    without = {n for n, g in zip(names, gradients, strict=True) if not np.abs(g).max() > 0}
+    assert all(name.endswith(("ffn.bias", "b_k")) for name in without)  # of a choice, and of all keys alike
+    again[:, -1] = (again[:, -1] + 1) % V
+    with no_grad():
+        for i in range(2):
+            first, second = (stream_of(kind, model, x, i) for x in (ids, again))
+            np.testing.assert_allclose(first[:, :-1], second[:, :-1], atol=1e-6)
+            assert np.abs(first[:, -1] - second[:, -1]).max() > 1e-4
+
+
+def stream_of(kind, model, ids, i):
+    """What the i-th head makes of a text: module i has read i + 1 tokens beyond its position, a head none."""
+    if kind == "sequential":
+        return _module_streams(model, ids)[i].data
+    return model.heads[i](model.trunk.hidden(ids)).data
+
+
+@BOTH
+@pytest.mark.equation("speculative-decoding", "mtp-sequential-module", "mtp-parallel-heads")
+@pytest.mark.parametrize("general", [name for name in GENERAL if name not in ("linear", "window")])
+def test_a_general_trunk_drafts_for_itself(kind, general):
+    model, drafter_class = build(kind, general=general)
+    prompts, law = text(np.random.default_rng(9), 2, 4), Law(temperature=0.0)
+    plain = generate(model.trunk, prompts, 12, np.random.default_rng(0), temperature=0.0)
+    drafter = drafter_class(model, law)
+    fast = speculative_generate(model.trunk, drafter, prompts, 12, np.random.default_rng(0), count=2, law=law)
+    np.testing.assert_array_equal(fast.generation.tokens, plain.tokens)
+    ids = np.random.default_rng(4).integers(V, size=12)
+    drafter.begin(ids)
+    for T in (4, 5, 9):  # with what was rejected before forgotten
+        with no_grad():
+            found = drafter.propose(
+                ids[:T], model.trunk.hidden(ids[None, : T - 1]).data[0], 2, np.random.default_rng(0)
+            )
+        fresh = drafter_class(model, law)
+        fresh.begin(ids)
+        with no_grad():
+            wanted = fresh.propose(ids[:T], model.trunk.hidden(ids[None, : T - 1]).data[0], 2, np.random.default_rng(0))
+        np.testing.assert_allclose(found.laws, wanted.laws, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.equation("speculative-decoding")
+@pytest.mark.parametrize("general", ["linear", "window"])
+def test_drafting_over_caches_that_cannot_forget_is_refused(kind, general):
+    model, drafter_class = build(kind, general=general)
+    with pytest.raises(ValueError, match="the trunk must be one whose caches can drop tokens"):
+        drafter_class(model)
 
 
 @BOTH
@@ -155,7 +227,13 @@ def test_self_speculation_gives_the_greedy_text_in_fewer_passes(kind):
     assert fast.passes.max() < 18  # 24 one by one
 
 
+def other(architecture: str):
+    return Transformer(Config(V, 16, 1, 2, architecture=architecture), np.random.default_rng(0))
+
+
 BAD = [
+    (lambda: SequentialPrediction(other("prefix"), 1, np.random.default_rng(0)), "the trunk must be a decoder .* 'prefix'"),
+    (lambda: ParallelPrediction(other("encoder"), 2, np.random.default_rng(0)), "the trunk must be a decoder .* 'encoder'"),
     (lambda: SequentialPrediction(build("sequential")[0].trunk, 0, np.random.default_rng(0)), "depth must be a positive"),
     (lambda: ParallelPrediction(build("parallel")[0].trunk, 1, np.random.default_rng(0)), "n must be an integer of at least 2"),
     (lambda: build("sequential")[0].losses(np.zeros((1, 3), int)), "the ids must be of shape"),
