@@ -9,6 +9,9 @@ chunks (which tells every chunk where its first assignment of each expert lies) 
 every program goes through its chunk again and numbers its assignments, by a running sum of a tile of zeros and ones.
 Within an expert the order is that of the tokens, so with a capacity C the first C are served and nobody else.
 
+A number that is not an expert's (-1, say, for a token that is padding) is counted nowhere and served by nobody; the tile
+of zeros and ones is as wide as a power of two, so the columns behind E count it, and are not stored.
+
 The products then work on tiles of rows of one expert. `_tiles_kernel` writes the list of tiles, so that no program of
 a product has to search for its expert, and the host need not know the loads: it launches as many programs as could be
 needed, ceil(A / BLOCK_M) + E, and those without a tile return at once.
@@ -30,9 +33,9 @@ def _one_hot(EXPERTS, assignments, n_assignments, cols, k, stride_row, stride_co
 @triton.jit(do_not_specialize=["n_assignments"])
 def _count_kernel(
     EXPERTS, COUNTS, ORDER, n_assignments, n_experts, k, chunk, stride_row, stride_col,
-    CLEAR: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """COUNTS (chunks, E): how often each expert is wanted in this program's chunk. CLEAR also sets ORDER to -1."""
+    """COUNTS (chunks, E): how often each expert is wanted in this program's chunk. ORDER (A,) becomes -1."""
     first = tl.program_id(0).to(tl.int64) * chunk
     cols = tl.arange(0, BLOCK_E)
     count = tl.zeros((BLOCK_E,), tl.int32)
@@ -40,9 +43,8 @@ def _count_kernel(
         assignments = first + start + tl.arange(0, BLOCK_A)
         hot, _ = _one_hot(EXPERTS, assignments, n_assignments, cols, k, stride_row, stride_col)
         count += tl.sum(hot, axis=0)
-        if CLEAR:
-            nobody = tl.full((BLOCK_A,), -1, tl.int32)
-            tl.store(ORDER + assignments, nobody, mask=assignments < n_assignments)
+        nobody = tl.full((BLOCK_A,), -1, tl.int32)
+        tl.store(ORDER + assignments, nobody, mask=assignments < n_assignments)
     tl.store(COUNTS + tl.program_id(0).to(tl.int64) * n_experts + cols, count, mask=cols < n_experts)
 
 
@@ -81,16 +83,15 @@ def _place_kernel(
     offset = tl.load(OFFSETS + cols, mask=there, other=0)
     for start in range(0, chunk, BLOCK_A):
         assignments = first + start + tl.arange(0, BLOCK_A)
-        hot, _ = _one_hot(EXPERTS, assignments, n_assignments, cols, k, stride_row, stride_col)
+        hot, expert = _one_hot(EXPERTS, assignments, n_assignments, cols, k, stride_row, stride_col)
         rank = tl.sum(hot * (tl.cumsum(hot, axis=0) - 1 + before[None, :]), axis=1)
         place = rank + tl.sum(hot * offset[None, :], axis=1)
         before += tl.sum(hot, axis=0)
         mask = assignments < n_assignments
-        served = mask
+        served = mask & (expert >= 0) & (expert < n_experts)
         if LIMITED:
-            served = mask & (rank < capacity)
-            place = tl.where(served, place, -1)
-        tl.store(PLACES + assignments, place, mask=mask)
+            served = served & (rank < capacity)
+        tl.store(PLACES + assignments, tl.where(served, place, -1), mask=mask)
         tl.store(ORDER + place, assignments.to(tl.int32), mask=served)
 
 

@@ -145,6 +145,29 @@ def gate_gradient(shares: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
     return dgates
 
 
+# ---- the product alone
+
+
+def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor, chosen: Plan | None = None) -> Tensor:
+    """x (A, m), w (E, n, m) -> (A, n): x W^T by groups, zeros behind the last one."""
+    tile = (chosen or plan_for(len(x), len(w), x)).down
+    if x.numel() == 0:
+        return launching.empty((len(x), w.shape[1]), x.dtype, x.device).zero_()
+    return grouped(x, None, 1, w, 2, tiles(offsets, len(x), tile.block_m), len(x), tile)
+
+
+def grouped_linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor, chosen: Plan | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x (A, m) and of w (E, n, m)."""
+    chosen = chosen or plan_for(len(x), len(w), x)
+    if dy.numel() == 0:
+        return tuple(launching.empty(tuple(t.shape), t.dtype, t.device).zero_() for t in (x, w))
+    listed = tiles(offsets, len(x), chosen.block_m)
+    dx = grouped(dy, None, 1, w, 1, listed, len(x), chosen.down)
+    return dx, weight_gradient(dy, False, x, False, None, 1, offsets, w.dtype, chosen.weights)
+
+
 # ---- the layer, put together
 
 
@@ -174,7 +197,8 @@ def layer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, gates, w_in and w_down."""
     order, places, offsets, h = kept
-    (N, d), E, k, A = x.shape, len(w_in), places.shape[1], len(order)
+    d, E, A = x.shape[1], len(w_in), len(order)
+    k = places.shape[1]
     if A == 0 or d == 0 or h.shape[1] == 0:
         return tuple(launching.empty(tuple(t.shape), t.dtype, t.device).zero_() for t in (x, gates, w_in, w_down))
     chosen = chosen or plan_for(A, E, x)

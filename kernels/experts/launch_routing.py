@@ -96,7 +96,7 @@ def pack(
     launch = {"num_warps": tile.warps, "num_stages": 1, **FUSED_MULTIPLY_ADD}
     with on(experts):
         packing._count_kernel[(chunks,)](
-            experts, counts, order, A, n_experts, k, tile.chunk, *experts.stride(), CLEAR=limited, **sizes, **launch
+            experts, counts, order, A, n_experts, k, tile.chunk, *experts.stride(), **sizes, **launch
         )
         packing._scan_kernel[(1,)](
             counts, offsets, chunks, n_experts, limit,

@@ -13,10 +13,16 @@ from minillm.functional import experts as written
 
 
 def chosen(routed: np.ndarray, experts: np.ndarray) -> np.ndarray:
-    """The choice as booleans, of the shape of ``routed``."""
-    routed = np.zeros_like(routed, bool)
-    np.put_along_axis(routed, experts.astype(np.int64), True, axis=-1)
-    return routed
+    """The choice as booleans, of the shape of ``routed``; numbers that are no expert's choose nothing."""
+    N, E = routed.shape
+    table = np.zeros((N, E + 1), bool)
+    np.put_along_axis(table, _known(experts, E), True, axis=-1)
+    return table[:, :E]
+
+
+def _known(experts: np.ndarray, E: int) -> np.ndarray:
+    """Expert numbers as indices, E for those that are no expert's."""
+    return np.where((experts >= 0) & (experts < E), experts, E).astype(np.int64)
 
 
 def route(
@@ -51,8 +57,10 @@ def pack(experts: np.ndarray, n_experts: int, capacity: int | None) -> tuple[np.
     N, k = experts.shape
     routed = chosen(np.zeros((N, n_experts), bool), experts)
     packing = dispatch.pack(routed if capacity is None else _within(routed, capacity))
-    places = packing.offsets[experts] + packing.eta[np.arange(N)[:, None], experts] if N else np.zeros((N, k))
-    places = np.where(packing.eta[np.arange(N)[:, None], experts] < 0, -1, places)
+    eta = np.pad(packing.eta, ((0, 0), (0, 1)), constant_values=-1)  # a column for those that are no expert's
+    known = _known(experts, n_experts)
+    place = eta[np.arange(N)[:, None], known]  # in the expert's own list
+    places = np.where(place < 0, -1, packing.offsets[known] + place)
     order = np.full(N * k, -1)
     served = places.reshape(-1) >= 0
     order[places.reshape(-1)[served].astype(np.int64)] = np.flatnonzero(served)
@@ -75,10 +83,10 @@ def mixture_of_experts(
     x: Tensor, gates: Tensor, w_in: Tensor, w_down: Tensor, experts: np.ndarray, capacity: int | None
 ) -> Tensor:
     """x (N, d), gates (N, k), w_in (E, 2 d_ff, d), w_down (E, d, d_ff), experts (N, k) -> (N, d)."""
-    (N, k), E = experts.shape, len(w_in)
+    N, E = len(experts), len(w_in)
     routed = chosen(np.zeros((N, E), bool), experts)
-    at = (np.arange(N)[:, None] * E + experts).reshape(-1)
-    table = ops.scatter_add(gates.reshape(-1), shape=(N * E,), index=at).reshape(N, E)
+    at = (np.arange(N)[:, None] * (E + 1) + _known(experts, E)).reshape(-1)
+    table = ops.scatter_add(gates.reshape(-1), shape=(N * (E + 1),), index=at).reshape(N, E + 1)[:, :E]
     served = routed if capacity is None else _within(routed, capacity)
     return written.mixture_of_experts(x, table, served, w_in, w_down, activation="swiglu")
 
