@@ -388,7 +388,7 @@ for family in FAMILIES:
     config = tiny(family, 50)
     kind = EncoderDecoder if config.architecture == "encoder-decoder" else Transformer
     live = kind(config, np.random.default_rng(0)).count_parameters()
-    print(f"{family:7} formula {counting.count_model(config).total:7,}  live {live:7,}")
+    print(f"{family:8} formula {counting.count_model(config).total:7,}  live {live:7,}")
 
 dice, differing = np.random.default_rng(5), 0
 for _ in range(40):
