@@ -33,7 +33,6 @@ class Outcome:
     verdict: Verdict
     problem: Problem | None
     error: str = ""
-    largest: Problem | None = None  # of those that failed, where a pattern shows that the smallest is too small for
 
     @builtins.property  # the bare name is a field here, as the JSON wants
     def passed(self) -> bool:
@@ -57,7 +56,6 @@ def search(
     worst = Verdict("", 0.0, 0.0)
     where: Problem | None = None
     failed: tuple[Problem, Verdict, str] | None = None
-    largest: Problem | None = None
 
     @seed(number)
     @settings(
@@ -67,7 +65,7 @@ def search(
     )  # fmt: skip
     @given(prop.strategy(function, dtype, subject.gpu))
     def run(problem: Problem) -> None:
-        nonlocal worst, where, failed, largest
+        nonlocal worst, where, failed
         try:
             with np.errstate(all="ignore"):  # 0 * inf is the right answer to some problems
                 verdicts = prop.check(subject, problem)
@@ -80,7 +78,6 @@ def search(
             worst, where = found, problem
         if not found.passed:
             failed = problem, found, ""
-            largest = problem if largest is None or _elements(problem) > _elements(largest) else largest
             raise AssertionError(f"{found.name}: measured {found.measured:.3g}, allowed {found.allowed:.3g}")
 
     try:
@@ -89,12 +86,39 @@ def search(
         if failed is None:  # hypothesis itself gave up: a strategy without examples, an internal error
             return Outcome(family, prop.name, function, dtype, subject.backend, worst, where, repr(error))
         problem, verdict, text = failed
-        return Outcome(family, prop.name, function, dtype, subject.backend, verdict, problem, text, largest)
+        return Outcome(family, prop.name, function, dtype, subject.backend, verdict, problem, text)
     return Outcome(family, prop.name, function, dtype, subject.backend, worst, where)
 
 
-def _elements(problem: Problem) -> int:
-    return sum(array.size for array in problem.inputs.values())
+def larger_failure(
+    outcome: Outcome, subject: Subject, examples: int = 30, number: int = 0, limit: int = 8192
+) -> Problem | None:
+    """The largest of some drawn problems that fail as an outcome did: where the smallest is too small for a pattern."""
+    prop = next(p for p in registry.load(outcome.family).PROPERTIES if p.name == outcome.property)
+    found: list[Problem] = []
+
+    @seed(number)
+    @settings(
+        max_examples=examples, deadline=None, database=None, phases=(Phase.generate,), derandomize=False,
+        suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
+    )  # fmt: skip
+    @given(prop.strategy(outcome.function, outcome.dtype, subject.gpu))
+    def run(problem: Problem) -> None:
+        if len(problem) > limit:
+            return
+        try:
+            with np.errstate(all="ignore"):
+                failed = not all(verdict.passed for verdict in prop.check(subject, problem))
+        except Exception:
+            failed = False
+        if failed:
+            found.append(problem)
+
+    try:
+        run()
+    except Exception:  # hypothesis itself gave up: there is no larger case, then
+        return None
+    return max(found, key=len, default=None)
 
 
 def our_subject(family: str) -> Subject:

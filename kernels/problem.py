@@ -40,6 +40,13 @@ class Problem:
         """The dtype of an input or a result."""
         return self.dtypes.get(name, self.dtype)
 
+    def __len__(self) -> int:
+        """Elements of all inputs."""
+        return sum(array.size for array in self.inputs.values())
+
+    def __bool__(self) -> bool:
+        return True  # a problem without elements is one too
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {list(a.shape)}" for name, a in self.inputs.items())
         constants = ", ".join(f"{name} {list(a.shape)}" for name, a in self.constants.items() if a is not None)

@@ -1,0 +1,61 @@
+"""Attention with the mask of the last block dropped: keys that are not there take part with a score of 0.
+
+    python -m kernels compare attention --impl lessons/kernels_to_break/attention_last_block.py:attention
+
+The loads are masked, so nothing outside a tensor is read and nothing crashes: a key beyond the end reads as zeros,
+its score is 0 and not -inf, and its share of the softmax is exp(0 - m), of a value that is 0. Wherever the number
+of keys is a multiple of the block nothing is wrong, which is why a test with L = 64 passes. Every other length
+has outputs that are too small.
+"""
+
+import triton
+import triton.language as tl
+from attention_frame import launched
+
+
+@triton.jit
+def _kernel(
+    Q, K, V, O, KEEP, L_q, L_k, d, d_v, scale, cap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: Q, K, V, O contiguous (heads, L, width), KEEP (heads, L_q, L_k)."""
+    blocks = tl.cdiv(L_q, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    c, c_v = tl.arange(0, D), tl.arange(0, DV)
+    present = rows < L_q
+    at = head * L_q * d + rows[:, None] * d + c[None, :]
+    q = tl.load(Q + at, mask=present[:, None] & (c < d)[None, :], other=0.0).to(tl.float32)
+    m = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    o = tl.zeros((BLOCK, DV), tl.float32)
+    for start in range(0, L_k, BLOCK):
+        keys = start + tl.arange(0, BLOCK)
+        inside = keys < L_k
+        at = head * L_k * d + keys[:, None] * d + c[None, :]
+        k = tl.load(K + at, mask=inside[:, None] & (c < d)[None, :], other=0.0).to(tl.float32)
+        at = head * L_k * d_v + keys[:, None] * d_v + c_v[None, :]
+        v = tl.load(V + at, mask=inside[:, None] & (c_v < d_v)[None, :], other=0.0).to(tl.float32)
+        at = head * L_q * L_k + rows[:, None] * L_k + keys[None, :]
+        keep = tl.load(KEEP + at, mask=present[:, None] & inside[None, :], other=1) != 0  # the bug: other=0 hides them
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if CAPPED:
+            s = cap * (2.0 * tl.sigmoid(2.0 * s / cap) - 1.0)
+        s = tl.where(keep, s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, axis=1))
+        safe = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet: no inf - inf
+        p = tl.exp(s - safe[:, None])
+        old = tl.exp(m - safe)
+        total = total * old + tl.sum(p, axis=1)
+        o = o * old[:, None] + tl.dot(p, v, input_precision="ieee")
+        m = new
+    o = o / tl.where(total > 0.0, total, 1.0)[:, None]
+    at = head * L_q * d_v + rows[:, None] * d_v + c_v[None, :]
+    tl.store(O + at, o.to(O.dtype.element_ty), mask=present[:, None] & (c_v < d_v)[None, :])
+
+
+def attention(
+    q, k, v, key_lengths=None, prefix=None, causal=False, window=None, align="bottom-right", scale=None, softcap=None
+):
+    """Held against the reference of the same name."""
+    return launched(_kernel, q, k, v, key_lengths, prefix, causal, window, align, scale, softcap)

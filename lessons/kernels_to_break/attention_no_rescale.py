@@ -1,0 +1,60 @@
+"""Attention that forgets to rescale: the output so far belongs to an older, smaller maximum.
+
+    python -m kernels compare attention --impl lessons/kernels_to_break/attention_no_rescale.py:attention
+
+When a block brings a larger score, what was gathered before has to be multiplied by exp(m_old - m_new). The sum
+is, the output is not. With one block of keys nothing is wrong, so a test that fits into one block passes; the
+smallest case that fails has sixteen keys and one more, and a larger score among those that come late.
+"""
+
+import triton
+import triton.language as tl
+from attention_frame import launched
+
+
+@triton.jit
+def _kernel(
+    Q, K, V, O, KEEP, L_q, L_k, d, d_v, scale, cap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: Q, K, V, O contiguous (heads, L, width), KEEP (heads, L_q, L_k)."""
+    blocks = tl.cdiv(L_q, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    c, c_v = tl.arange(0, D), tl.arange(0, DV)
+    present = rows < L_q
+    at = head * L_q * d + rows[:, None] * d + c[None, :]
+    q = tl.load(Q + at, mask=present[:, None] & (c < d)[None, :], other=0.0).to(tl.float32)
+    m = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    o = tl.zeros((BLOCK, DV), tl.float32)
+    for start in range(0, L_k, BLOCK):
+        keys = start + tl.arange(0, BLOCK)
+        inside = keys < L_k
+        at = head * L_k * d + keys[:, None] * d + c[None, :]
+        k = tl.load(K + at, mask=inside[:, None] & (c < d)[None, :], other=0.0).to(tl.float32)
+        at = head * L_k * d_v + keys[:, None] * d_v + c_v[None, :]
+        v = tl.load(V + at, mask=inside[:, None] & (c_v < d_v)[None, :], other=0.0).to(tl.float32)
+        at = head * L_q * L_k + rows[:, None] * L_k + keys[None, :]
+        keep = tl.load(KEEP + at, mask=present[:, None] & inside[None, :], other=0) != 0
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if CAPPED:
+            s = cap * (2.0 * tl.sigmoid(2.0 * s / cap) - 1.0)
+        s = tl.where(keep, s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, axis=1))
+        safe = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet: no inf - inf
+        p = tl.exp(s - safe[:, None])
+        old = tl.exp(m - safe)
+        total = total * old + tl.sum(p, axis=1)
+        o = o + tl.dot(p, v, input_precision="ieee")  # the bug: o * old[:, None] belongs here
+        m = new
+    o = o / tl.where(total > 0.0, total, 1.0)[:, None]
+    at = head * L_q * d_v + rows[:, None] * d_v + c_v[None, :]
+    tl.store(O + at, o.to(O.dtype.element_ty), mask=present[:, None] & (c_v < d_v)[None, :])
+
+
+def attention(
+    q, k, v, key_lengths=None, prefix=None, causal=False, window=None, align="bottom-right", scale=None, softcap=None
+):
+    """Held against the reference of the same name."""
+    return launched(_kernel, q, k, v, key_lengths, prefix, causal, window, align, scale, softcap)
