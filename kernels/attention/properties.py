@@ -128,14 +128,14 @@ def hidden(subject: Subject, problem: Problem) -> list[Verdict]:
 
 
 def padding(subject: Subject, problem: Problem) -> list[Verdict]:
-    """Keys behind a length are as good as removed, and may hold NaN."""
+    """Keys behind a length are as good as removed; with ours they may hold NaN."""
     L_k = problem.inputs["k"].shape[2]
     kept = max(L_k - 3, 0)
     problem = _with(problem, causal=False, window=None)
     lengths = _constant(problem, key_lengths=np.full(len(problem.inputs["q"]), kept), prefix=None)
     garbage = {name: problem.inputs[name].copy() for name in "kv"}
     for array in garbage.values():
-        array[:, :, kept:] = np.nan
+        array[:, :, kept:] = np.nan if subject.ours else 3.0
     clean, dirty = _run(subject, lengths, True), _run(subject, _given(lengths, garbage), True)
     shorter = _given(problem, {name: problem.inputs[name][:, :, :kept] for name in "kv"})
     cut = _o(subject, _constant(shorter, key_lengths=None, prefix=None))
@@ -409,5 +409,5 @@ PROPERTIES = (
     Property("soft-cap", WITH_LSE, _relation(), capped, share=0.25),
     Property("scale", PLAIN, _relation(softcaps=(None,)), scaled, share=0.25),
     Property("packed", ("packed_attention",), _relation(masks=("full", "causal", "top-left", "window")), packed, share=0.25),
-    Property("empty", p.DENSE, _relation(masks=("full",)), empty, share=0.0),
+    Property("empty", p.DENSE, _relation(masks=("full",)), empty, share=0.0, ours_only=True),
 )  # fmt: skip
