@@ -62,6 +62,8 @@ def measure_case(family: Family, name: str, rounds: int, threads: int, with_torc
     finally:
         for worker in sides.values():
             worker.close()
+    if family.same_answer:
+        check_answers(f"{family.name} {name}", {side: turns[side][-1]["value"] for side in turns if side != "floor"})
     seconds = {side: [turn["seconds"] for turn in turns[side]] for side in sides}
     median = {side: statistics.median(times) for side, times in seconds.items()}
     ratios = [ours / peer for ours, peer in zip(seconds["ours"], seconds.get("torch", []), strict=False)]
@@ -81,6 +83,16 @@ def measure_case(family: Family, name: str, rounds: int, threads: int, with_torc
         "threads": threads,
         **family.columns(case, median),
     }
+
+
+def check_answers(case: str, values: dict[str, float]) -> None:
+    """Refuse to compare times of sides that did not do the same.
+
+    Raises: RuntimeError if some side returned another value than ours.
+    """
+    for side, value in values.items():
+        if value != values["ours"]:
+            raise RuntimeError(f"bench: {case}: ours and {side} must give the same, got {values['ours']} and {value}.")
 
 
 def has_torch() -> bool:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from minillm.autograd import grad
-from minillm.cli.bench import chosen_cases
-from minillm.cli.benchmark import attention
+from minillm.cli.bench import check_answers, chosen_cases
+from minillm.cli.benchmark import attention, smollm2
 from minillm.cli.benchmark.cases import Case
 from minillm.cli.benchmark.torch_peer import build_decoder
+from minillm.decoding import generate
 from minillm.fused.losses import cross_entropy
 from minillm.models import Config, Decoder
 
@@ -98,3 +99,26 @@ def test_cases_are_chosen_by_family_and_by_name():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="bench: --case must be one of 'XS', 'S', 'M', 'L', got gqa-256"):
         chosen_cases(["train"], ["gqa-256"])
+
+
+def test_both_sides_of_the_pretrained_case_write_the_same_tokens(monkeypatch):
+    pytest.importorskip("transformers")
+    config = Config(61, 24, 2, 6, 2, 36, context=40, tied=True, init_std=0.3, rope_pairing="half")
+    model, prompt = Decoder(config, np.random.default_rng(0)), np.random.default_rng(1).integers(61, size=(1, 9))
+    monkeypatch.setattr(smollm2, "prepared", lambda case: (model, prompt))
+    case = smollm2.GenerationCase("small", 9, 7, 1)
+    with smollm2.ours(case, 1) as ours, smollm2.torch_peer(case, 1) as peer:
+        assert ours() == peer() == ours() == peer()  # a second step begins where the first did
+    made = generate(model, prompt, 8, np.random.default_rng(0), temperature=0).tokens
+    assert smollm2.fingerprint(made.T) == smollm2.fingerprint(made.T.copy())
+    with smollm2.ours(case, 1) as ours:
+        assert ours() == smollm2.fingerprint(made.T)
+        made[0, 3] += 1
+        assert ours() != smollm2.fingerprint(made.T)
+
+
+def test_sides_that_did_not_do_the_same_are_not_compared():
+    assert smollm2.FAMILY.same_answer
+    check_answers("a case", {"ours": 3.0, "torch": 3.0})
+    with pytest.raises(RuntimeError, match=r"a case: ours and torch must give the same, got 3\.0 and 4\.0"):
+        check_answers("a case", {"ours": 3.0, "torch": 4.0})

@@ -38,4 +38,5 @@ class Family:
     sides: Mapping[str, MakeStep]
     peer: str = "torch eager"
     columns: Callable[[Any, dict[str, float]], dict[str, Any]] = field(default=lambda case, median: {})  # more of a row
+    same_answer: bool = False  # whether a step of the peer must return what ours does, to the last digit
     missing: Callable[[], str | None] = field(default=lambda: None)  # what this family needs and does not find here
