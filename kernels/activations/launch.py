@@ -23,7 +23,7 @@ def halves(h: Tensor) -> tuple[Tensor, Tensor]:
     return h[..., :half], h[..., half:]
 
 
-def _options(tile: Tile, n_rows: int, d: int) -> tuple[tuple[int], dict[str, Any]]:
+def _options(tile: Tile, n_rows: int, d: int) -> tuple[Any, dict[str, Any]]:
     grid = (triton.cdiv(n_rows, tile.block_rows) * triton.cdiv(d, tile.block_d),)
     return grid, {"BLOCK_ROWS": tile.block_rows, "BLOCK_D": tile.block_d, "num_warps": tile.warps, **FUSED_MULTIPLY_ADD}
 

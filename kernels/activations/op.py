@@ -127,7 +127,8 @@ class Gated(torch.autograd.Function):
                 "the gated-unit kernels have first derivatives only, so create_graph=True would leave terms out. "
                 "Compose the unit of torch operations where you need second derivatives."
             )
-        return *_backward(dy, *ctx.saved_tensors, ctx.silu, ctx.reuse), None, None
+        a, b = ctx.saved_tensors
+        return *_backward(dy, a, b, ctx.silu, ctx.reuse), None, None
 
 
 @torch.library.custom_op("minillm::gated", mutates_args=())
