@@ -24,7 +24,7 @@ def build(
     wide: bool = False,
 ) -> Build:  # fmt: skip
     """The kernel for heads of width d."""
-    size, stride, unit = tile(d), integer(aligned, wide), constant(1)
+    size, stride, unit = tile(d, pairing), integer(aligned, wide), constant(1)
     data, single = pointer(dtype, aligned), pointer("fp32", aligned)
     arguments: dict[str, Argument] = {
         "X": data, "COS": single, "SIN": single, "POSITIONS": pointer("i64", aligned) if given else constant(None),

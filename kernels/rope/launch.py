@@ -37,7 +37,7 @@ def turn(
         return y
     source, target = _four_axes(x), _four_axes(y)
     batch, heads, length, d = source.shape
-    tile = tile or tile_for(d)
+    tile = tile or tile_for(d, pairing)
     rows = batch * heads * length
     if positions is not None:
         positions = positions.contiguous()
