@@ -55,6 +55,7 @@ def mask(
     L_q: int, L_k: int, prefix: np.ndarray | None, causal: bool, window: int | None, align: str
 ) -> np.ndarray:  # (L_q, L_k), or (B, 1, L_q, L_k) with a prefix
     """Who sees whom: a corner of a square mask, the last rows and columns of it or the first."""
+    L_q, L_k = int(L_q), int(L_k)  # starts are NumPy's integers
     n = max(L_q, L_k, 1)
     skipped = n - L_k if align == "bottom-right" else 0  # columns of the square to the left of key 0
     if prefix is not None:
