@@ -67,12 +67,26 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def lane_elements(itemsize: int) -> int:
+    """Elements in the 16 bytes that a thread loads at once: each such lane of a tile carries statistics of its own."""
+    return 16 // itemsize
+
+
+def packed(vocabulary: int, itemsize: int) -> bool:
+    """Whether rows start at multiples of 16 bytes: then a lane's elements lie side by side, else a tile's length / LANE apart.
+
+    A vocabulary like 50,257 has to be read element by element. Neighbouring threads then take neighbouring elements, and each
+    keeps to its own lane all the same.
+    """
+    return vocabulary * itemsize % 16 == 0
+
+
 def row_tile(vocabulary: int, itemsize: int) -> RowTile:
     """The tile for rows of existing logits that are read once or twice."""
     if vocabulary <= 4_096:
         block_v = max(next_power_of_two(vocabulary), 16)
         return RowTile(max(2_048 // block_v, 1), block_v, 4 if block_v <= 2_048 else 8)
-    if vocabulary * itemsize <= BIG_ROW:
+    if vocabulary * itemsize <= BIG_ROW or not packed(vocabulary, itemsize):
         return RowTile(1, 8_192, 16, 2)
     return RowTile(1, 16_384, 32, 2)
 
@@ -85,18 +99,36 @@ def loss_tile(vocabulary: int, itemsize: int) -> RowTile:
     return row_tile(vocabulary, itemsize)
 
 
-FORWARD_TILE = {"fp32": LinearTile(64, 64, 32, 4, 3), "16": LinearTile(128, 128, 64, 8, 3)}
-PRODUCT_TILE = {"fp32": LinearTile(64, 64, 32, 4, 3), "16": LinearTile(128, 128, 64, 8, 3)}
+SQUARE, WIDE, NARROW = LinearTile(128, 128, 64, 8, 3), LinearTile(128, 256, 64, 8, 3), LinearTile(128, 64, 64, 4, 3)
+EXACT = LinearTile(64, 64, 32, 4, 2)  # fp32, on the ordinary units
+# A width whose rows do not start at multiples of 16 bytes is loaded element by element, through registers.
+ODD, ODD_NARROW = LinearTile(128, 128, 32, 8, 2), LinearTile(128, 64, 32, 4, 2)
 
 
-def linear_plan(n_rows: int, d: int, vocabulary: int, itemsize: int, multiprocessors: int) -> LinearPlan:
+def linear_tiles(d: int, itemsize: int, target: str) -> tuple[LinearTile, LinearTile, LinearTile]:
+    """Tiles of the forward, of the logits' gradient and of the two products, by what fits in registers and shared memory.
+
+    The forward reduces its tile to four numbers a row, so Hopper's registers hold one of 256 columns (86 operations a byte loaded
+    instead of 64); the gradient has a tile to store, and Blackwell keeps accumulators apart but spills the addresses of
+    128 columns.
+    """
+    if itemsize == 4:
+        return EXACT, EXACT, EXACT
+    if d * itemsize % 16:
+        return ODD, ODD_NARROW if target == "sm_100" else ODD, ODD
+    return WIDE if target == "sm_90" else SQUARE, NARROW if target == "sm_100" else SQUARE, SQUARE
+
+
+def linear_plan(
+    n_rows: int, d: int, vocabulary: int, itemsize: int, multiprocessors: int, target: str = "sm_90"
+) -> LinearPlan:
     """Tiles, splits of the vocabulary and the backward's strip; fixed by the arguments, so two runs agree."""
-    key = "fp32" if itemsize == 4 else "16"
-    forward, product = FORWARD_TILE[key], PRODUCT_TILE[key]
+    forward, gradient, product = linear_tiles(d, itemsize, target)
     row_blocks, tiles = -(-n_rows // forward.block_m), -(-vocabulary // forward.block_n)
     waves = -(-row_blocks * tiles // (multiprocessors * 16)) or 1  # about 16 tiles a program when there are enough
     splits = min(max(multiprocessors * waves // row_blocks, 1), tiles)
-    return LinearPlan(forward, forward, product, splits, chunk_columns(n_rows, vocabulary, itemsize, product.block_n))
+    block = max(gradient.block_n, product.block_k)
+    return LinearPlan(forward, gradient, product, splits, chunk_columns(n_rows, vocabulary, itemsize, block))
 
 
 def chunk_columns(n_rows: int, vocabulary: int, itemsize: int, block: int) -> int:

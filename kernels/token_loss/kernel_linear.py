@@ -78,9 +78,10 @@ def _linear_statistics_kernel(
     weighted = tl.zeros((BLOCK_M,), tl.float32)
     summed = tl.zeros((BLOCK_M,), tl.float32)
     chosen = tl.zeros((BLOCK_M,), tl.float32)
+    split = split.to(tl.int64)
     last = tl.minimum((split + 1) * tiles_each, tl.cdiv(V, BLOCK_N))
     for tile in range(split * tiles_each, last):
-        cols = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        cols = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         z = _logits_tile(
             X, W, at_x, keep, cols, V, d, stride_x_col, stride_w_row, stride_w_col, BLOCK_M, BLOCK_N, BLOCK_K, EVEN
         )
@@ -99,7 +100,7 @@ def _linear_statistics_kernel(
             weighted = shrink * (weighted + gap * total) + here
         total = shrink * total + tl.sum(e, axis=1)
         top = higher
-    at = split.to(tl.int64) * n_rows + rows
+    at = split * n_rows + rows
     tl.store(PART_TOP + at, top, mask=present)
     tl.store(PART_SUM + at, total, mask=present)
     tl.store(PART_CHOSEN + at, chosen, mask=present)
@@ -169,7 +170,7 @@ def _linear_gradient_kernel(
     present = rows < n_rows
     target = tl.load(TARGET + rows, mask=present, other=ignored)
     keep = target != ignored
-    here = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    here = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = first + here
     z = _logits_tile(
         X, W, rows * stride_x_row, keep, cols, V, d, stride_x_col, stride_w_row, stride_w_col,

@@ -26,6 +26,7 @@ from kernels.token_loss.kernel_tiles import (
     gradient_factors,
     gradient_tile,
     likelihood_terms,
+    merge_lanes,
     policy_terms,
 )
 
@@ -34,36 +35,40 @@ from kernels.token_loss.kernel_tiles import (
 def _scan(
     X, at, keep, V, stride_col, scale,
     ENTROPY: tl.constexpr, MEAN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-    AGAIN: tl.constexpr,
+    LANE: tl.constexpr, PACKED: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Read whole rows once: largest logit, log2 of the sum, entropy in nats, mean logit. AGAIN: they will be read again."""
-    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_V), tl.float32)
-    weighted = tl.zeros((BLOCK_ROWS, BLOCK_V), tl.float32)
-    logits = tl.zeros((BLOCK_ROWS, BLOCK_V), tl.float32)
+    LANES: tl.constexpr = BLOCK_V // LANE
+    top = tl.full((BLOCK_ROWS, LANES), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
+    weighted = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
+    logits = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
-        cols = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        mask = keep[:, None] & (cols < V)[None, :]  # (BLOCK_ROWS, BLOCK_V)
-        where = X + at[:, None] + cols[None, :] * stride_col
+        if PACKED:
+            inside = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+        else:
+            inside = tl.arange(0, LANES)[:, None] + tl.arange(0, LANE)[None, :] * LANES
+        cols = (start + inside).to(tl.int64)  # (LANES, LANE)
+        mask = keep[:, None, None] & (cols < V)[None, :, :]  # (BLOCK_ROWS, LANES, LANE)
+        where = X + at[:, None, None] + cols[None, :, :] * stride_col
         if AGAIN:
             x = tl.load(where, mask=mask, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
         else:
             x = tl.load(where, mask=mask, other=float("-inf")).to(tl.float32)
         if MEAN:
-            logits += tl.where(mask, x, 0.0)
+            logits += tl.sum(tl.where(mask, x, 0.0), axis=2)
         top, total, weighted = absorb(x, top, total, weighted, scale, ENTROPY)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    s = tl.sum(total, axis=1)
+    top_row, s, u = merge_lanes(top, total, weighted, scale)
     log_sum = tl.log2(s)
-    entropy = LOG2 * (log_sum - tl.sum(weighted, axis=1) / s)
-    return top, log_sum, entropy, tl.sum(logits, axis=1) / V
+    return top_row, log_sum, LOG2 * (log_sum - u / s), tl.sum(logits, axis=1) / V
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _statistics_kernel(
     X, TARGET, LOGP, LSE, ENTROPY, MEAN, TOP, LOG_SUM,
     n_rows, V, stride_row, stride_col, inverse_temperature, scale, ignored,
-    BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr, LANE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Log-prob of the target, log-sum-exp, entropy (None: not wanted) and mean tempered logit (None) of every row."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -75,7 +80,20 @@ def _statistics_kernel(
     # An id outside the vocabulary reads nothing and makes its row NaN: loud, and without a look at the device.
     chosen = tl.load(X + at + target.to(tl.int64) * stride_col, mask=inside, other=float("nan")).to(tl.float32)
     top, log_sum, entropy, mean = _scan(
-        X, at, keep, V, stride_col, scale, ENTROPY is not None, MEAN is not None, BLOCK_ROWS, BLOCK_V, STAGES, False
+        X,
+        at,
+        keep,
+        V,
+        stride_col,
+        scale,
+        ENTROPY is not None,
+        MEAN is not None,
+        BLOCK_ROWS,
+        BLOCK_V,
+        STAGES,
+        LANE,
+        PACKED,
+        False,
     )
     tl.store(TOP + rows, tl.where(keep, top, 0.0), mask=present)
     tl.store(LOG_SUM + rows, tl.where(keep, log_sum, 0.0), mask=present)
@@ -147,7 +165,8 @@ def _loss_kernel(
     n_rows, V, stride_row, stride_col, stride_dx_row, stride_dx_col, inverse_temperature, scale, ignored,
     smoothing, z_loss, low, high, dual, beta, entropy_coef,
     POLICY: tl.constexpr, SMOOTH: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, BONUS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr, LANE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient in one launch: every row's statistics, its term, and at once the gradient of its logits.
 
@@ -182,7 +201,7 @@ def _loss_kernel(
             mean = tl.sum(tl.where(keep[:, None] & in_row, x, 0.0), axis=1) / V
     else:
         top, log_sum, entropy, mean = _scan(
-            X, at, keep, V, stride_col, scale, POLICY, SMOOTH, BLOCK_ROWS, BLOCK_V, STAGES, True
+            X, at, keep, V, stride_col, scale, POLICY, SMOOTH, BLOCK_ROWS, BLOCK_V, STAGES, LANE, PACKED, True
         )
     logp = tl.where(keep, (chosen - top) * inverse_temperature - LOG2 * log_sum, 0.0)
     lse = tl.where(keep, top * inverse_temperature + LOG2 * log_sum, 0.0)
@@ -244,13 +263,16 @@ def _scale_kernel(X, FACTOR, n_rows, V, stride_row, stride_col, BLOCK_V: tl.cons
 @triton.jit(do_not_specialize=["n_rows"])
 def _softmax_kernel(
     X, Y, TOP, LOG_SUM, n_rows, V, stride_row, stride_col, scale,
-    LOG: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    LOG: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr, LANE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """softmax, or with LOG its logarithm, of whole rows; Y is contiguous."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = rows < n_rows
     at = rows * stride_row
-    top, log_sum, _, _ = _scan(X, at, present, V, stride_col, scale, False, False, BLOCK_ROWS, BLOCK_V, STAGES, True)
+    top, log_sum, _, _ = _scan(
+        X, at, present, V, stride_col, scale, False, False, BLOCK_ROWS, BLOCK_V, STAGES, LANE, PACKED, True
+    )
     tl.store(TOP + rows, top, mask=present)
     tl.store(LOG_SUM + rows, log_sum, mask=present)
     for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):

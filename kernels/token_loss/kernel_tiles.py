@@ -11,7 +11,8 @@ anywhere and why the fused linear loss can merge parts computed by different pro
 
 $$\mathrm{LSE}=m/\tau+\log s,\qquad \mathcal H=\log s-u/s,\qquad \log p_y=(z_y-m)/\tau-\log s .$$
 
-The entropy thus costs one multiplication and one addition an element and no second pass. Exponentials are taken as
+Every lane of a tile carries its own three numbers (`absorb`), so threads exchange nothing until the row is done
+(`merge_lanes`). The entropy costs one multiplication and one addition an element and no second pass. Exponentials are taken as
 `exp2` with $\log_2e/\tau$ folded into one factor, after the maximum has been subtracted (logits of 10^4 lose
 nothing that way): exactly one a element in each pass.
 
@@ -35,22 +36,31 @@ LOG2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def absorb(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
-    """Merge a tile (rows, columns) into the running (maximum, sums by lane): one exponential an element.
+    """Merge a tile (rows, lanes, elements of a lane) into the running statistics of every lane, (rows, lanes).
 
-    ``scale`` is log2(e) / temperature. ``total`` and ``weighted`` are kept by lane, so that only the
-    maximum is reduced over the tile each time.
+    ``scale`` is log2(e) / temperature. One exponential an element and one a lane; a lane is the 16 bytes that one
+    thread loads at once, so nothing is exchanged between threads before `merge_lanes`.
     """
-    higher = tl.maximum(top, tl.max(x, axis=1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # a row of -inf so far
+    higher = tl.maximum(top, tl.max(x, axis=2))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # a lane of -inf so far
     gap = tl.where(top == float("-inf"), 0.0, (top - base) * scale)
     shrink = tl.where(top == float("-inf"), 0.0, tl.exp2(gap))
-    depth = (x - base[:, None]) * scale
+    depth = (x - base[:, :, None]) * scale
     e = tl.exp2(depth)
     if ENTROPY:
         finite = tl.where(depth == float("-inf"), 0.0, depth)
-        weighted = shrink[:, None] * (weighted + gap[:, None] * total) + e * finite
-    total = shrink[:, None] * total + e
-    return higher, total, weighted
+        weighted = shrink * (weighted + gap * total) + tl.sum(e * finite, axis=2)
+    return higher, shrink * total + tl.sum(e, axis=2), weighted
+
+
+@triton.jit
+def merge_lanes(top, total, weighted, scale):
+    """The statistics of whole rows from those of their lanes: largest logit (0 for a row of -inf), s and u."""
+    highest = tl.max(top, axis=1)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    gap = tl.where(top == float("-inf"), 0.0, (top - base[:, None]) * scale)
+    shrink = tl.where(top == float("-inf"), 0.0, tl.exp2(gap))
+    return base, tl.sum(shrink * total, axis=1), tl.sum(shrink * (weighted + gap * total), axis=1)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import launching
 from kernels.launching import FUSED_MULTIPLY_ADD, on, rows_of
 from kernels.token_loss import kernel_rows, kernel_terms
-from kernels.token_loss.config import TOKENS, RowTile, loss_tile, row_tile
+from kernels.token_loss.config import TOKENS, RowTile, lane_elements, loss_tile, packed, row_tile
 
 rows_code: Any = kernel_rows  # what triton.jit returns, no type checker follows
 terms_code: Any = kernel_terms
@@ -82,6 +82,11 @@ def _watched(like: Tensor) -> tuple[Tensor, ...]:
     return tuple(_column(like, dtype=torch.int8 if index == 1 else torch.float32) for index in range(5))
 
 
+def _lanes(rows: Tensor) -> dict[str, Any]:
+    size = rows.element_size()
+    return {"LANE": lane_elements(size), "PACKED": packed(rows.shape[-1], size)}
+
+
 def statistics(
     logits: Tensor, targets: Tensor, temperature: float, ignored: int,
     entropy: bool = True, mean: bool = False, tile: RowTile | None = None,
@@ -99,7 +104,7 @@ def statistics(
         rows_code._statistics_kernel[(triton.cdiv(len(rows), tile.block_rows),)](
             rows, targets, found.logp, found.lse, found.entropy, found.mean, found.top, found.log_sum,
             len(rows), V, *rows.stride(), 1.0 / temperature, LOG2_E / temperature, ignored,
-            BLOCK_ROWS=tile.block_rows, BLOCK_V=tile.block_v, STAGES=tile.stages,
+            BLOCK_ROWS=tile.block_rows, BLOCK_V=tile.block_v, STAGES=tile.stages, **_lanes(rows),
             num_warps=tile.warps, num_stages=1, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     return found
@@ -155,7 +160,7 @@ def loss_and_gradient(
             smoothing, z_loss, p.low, p.high, p.dual, p.beta, p.entropy_coef,
             POLICY=policy is not None, SMOOTH=smoothing != 0, KL=KINDS[p.kl], KL_RATIO=p.kl_ratio,
             BONUS=p.entropy_coef != 0, WHOLE=tile.covers(V),
-            BLOCK_ROWS=tile.block_rows, BLOCK_V=tile.block_v, STAGES=tile.stages,
+            BLOCK_ROWS=tile.block_rows, BLOCK_V=tile.block_v, STAGES=tile.stages, **_lanes(rows),
             num_warps=tile.warps, num_stages=1, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     return value, logp, lse, entropy, watched, out
@@ -223,7 +228,7 @@ def softmax(x: Tensor, log: bool, tile: RowTile | None = None) -> tuple[Tensor, 
     with on(x):
         rows_code._softmax_kernel[(triton.cdiv(len(rows), tile.block_rows),)](
             rows, y, top, log_sum, len(rows), V, *rows.stride(), LOG2_E,
-            LOG=log, BLOCK_ROWS=tile.block_rows, BLOCK_V=tile.block_v, STAGES=tile.stages,
+            LOG=log, BLOCK_ROWS=tile.block_rows, BLOCK_V=tile.block_v, STAGES=tile.stages, **_lanes(rows),
             num_warps=tile.warps, num_stages=1, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     return y, top, log_sum

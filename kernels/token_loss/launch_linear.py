@@ -3,6 +3,7 @@
 # Triton types a kernel by its device code: launch options and the values of constexpr parameters are unknown to it.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+import functools
 from typing import Any
 
 import torch
@@ -21,7 +22,20 @@ code: Any = kernel_linear  # what triton.jit returns, no type checker follows
 def plan_for(hidden: Tensor, weight: Tensor) -> LinearPlan:
     """The configuration for these operands."""
     V, d = weight.shape
-    return linear_plan(hidden.numel() // d if d else 0, d, V, weight.element_size(), multiprocessors(weight.device))
+    return linear_plan(
+        hidden.numel() // d, d, V, weight.element_size(), multiprocessors(weight.device), _target(weight.device)
+    )
+
+
+@functools.cache
+def _target(device: torch.device) -> str:
+    """The architecture that a configuration is chosen for."""
+    if launching.INTERPRETED:
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100" if major >= 10 else "sm_80")
 
 
 def _sizes(tile: LinearTile) -> dict[str, Any]:
