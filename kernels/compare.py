@@ -91,7 +91,7 @@ def search(
 
 
 def larger_failure(
-    outcome: Outcome, subject: Subject, examples: int = 30, number: int = 0, limit: int = 8192
+    outcome: Outcome, subject: Subject, examples: int = 12, number: int = 0, limit: int = 8192
 ) -> Problem | None:
     """The largest of some drawn problems that fail as an outcome did: where the smallest is too small for a pattern."""
     prop = next(p for p in registry.load(outcome.family).PROPERTIES if p.name == outcome.property)

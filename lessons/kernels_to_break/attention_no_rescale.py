@@ -14,10 +14,10 @@ from attention_frame import launched
 
 @triton.jit
 def _kernel(
-    Q, K, V, O, KEEP, L_q, L_k, d, d_v, scale, cap,
+    Q, K, V, OUT, KEEP, L_q, L_k, d, d_v, scale, cap,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: Q, K, V, O contiguous (heads, L, width), KEEP (heads, L_q, L_k)."""
+    """One block of queries of one head: Q, K, V, OUT contiguous (heads, L, width), KEEP (heads, L_q, L_k)."""
     blocks = tl.cdiv(L_q, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def _kernel(
         m = new
     o = o / tl.where(total > 0.0, total, 1.0)[:, None]
     at = head * L_q * d_v + rows[:, None] * d_v + c_v[None, :]
-    tl.store(O + at, o.to(O.dtype.element_ty), mask=present[:, None] & (c_v < d_v)[None, :])
+    tl.store(OUT + at, o.to(OUT.dtype.element_ty), mask=present[:, None] & (c_v < d_v)[None, :])
 
 
 def attention(
