@@ -7,7 +7,7 @@ The reasons, all of them visible in what the compiler reports (`python -m kernel
   holds 128 sums, and a tile does 128 x 256 x 2 / (128 + 256) = 171 operations for every element that it loads, 85 a
   byte. Four stages of 48 KB would fill shared memory to the last byte; three leave the scheduler as much, and what an
   epilogue needs.
-- `back` holds U and needs H, gates and two results beside it: 128 columns, so that nothing spills.
+- The derivative of the SwiGLU is no epilogue: U, H and three results beside an accumulator spill by the kilobyte.
 - Ampere has half the shared memory and products from registers: 128 x 128 (64 for the two accumulators), 32 deep.
 - AMD has 64 KB of shared memory a workgroup.
 - float32 is for checking, not for speed: products without tensor cores, small tiles.
@@ -34,11 +34,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """One tile for every product of a layer. `up`, `down` and `back` share the height of a tile, hence the list of tiles."""
+    """One tile for every product of a layer. `up` and `down` share the height of a tile, hence the list of tiles."""
 
     up: Tile
     down: Tile
-    back: Tile
     weights: Tile
 
     @property
@@ -58,23 +57,14 @@ FEW_ROWS = 256  # below this mean load tiles of 64 rows waste less than tiles of
 def plan(n_rows: int, n_experts: int, itemsize: int, target: str) -> Plan:
     """The tiles for n_rows assignments over n_experts experts."""
     if itemsize == 4:
-        tile = Tile(64, 64, 32, 4, 2)
-        return Plan(tile, tile, tile, tile)
+        return Plan(Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
     tall = n_rows >= FEW_ROWS * max(n_experts, 1)
-    m = 128 if tall else 64
+    m, warps = (128, 8) if tall else (64, 4)
     if target == "gfx942":
-        return Plan(Tile(m, 64, 32, 4, 2), Tile(m, 128, 32, 4, 2), Tile(m, 64, 32, 4, 2), Tile(128, 128, 32, 8, 2))
+        return Plan(Tile(m, 64, 32, 4, 2), Tile(m, 128, 32, 4, 2), Tile(128, 128, 32, 8, 2))
     if target == "sm_80":
-        warps = 8 if tall else 4
-        return Plan(
-            Tile(m, 64, 32, warps, 4), Tile(m, 128, 32, warps, 4), Tile(m, 64, 32, warps, 4), Tile(128, 128, 32, 8, 4)
-        )
-    warps = 8 if tall else 4
-    wide = 256 if tall else 128
-    return Plan(
-        Tile(m, 128 if tall else 64, 64, warps, 3), Tile(m, wide, 64, warps, 3),
-        Tile(m, 128, 64, warps, 3), Tile(128, 128, 64, 8, 3),
-    )  # fmt: skip
+        return Plan(Tile(m, 64, 32, warps, 4), Tile(m, 128, 32, warps, 4), Tile(128, 128, 32, 8, 4))
+    return Plan(Tile(m, 128, 64, warps, 3), Tile(m, 256, 64, warps, 3), Tile(128, 128, 64, 8, 3))
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class PackTile:
 
 
 CHUNKS = 512  # at most: one program scans them
-PACK_ELEMENTS = 8192
+PACK_ELEMENTS = 4096
 
 
 def pack_tile(n_assignments: int, n_experts: int) -> PackTile:
@@ -122,19 +112,19 @@ def pack_tile(n_assignments: int, n_experts: int) -> PackTile:
     return PackTile(block_a, chunk, min(max(PACK_ELEMENTS // block_e, 1), 64), 8 if block_e > 256 else 4)
 
 
-COMBINE_ELEMENTS = 2048  # 16 a thread
+ROW_ELEMENTS = 2048  # 16 a thread
 
 
 @dataclass(frozen=True)
-class CombineTile:
-    """Tokens and columns of a tile of the combination, and warps."""
+class RowTile:
+    """Tokens and columns of a tile of the row-wise kernels, and warps."""
 
     block_t: int
     block_d: int
     warps: int
 
 
-def combine_tile(d: int) -> CombineTile:
+def row_tile(d: int) -> RowTile:
     """Whole rows where they are short, strips where they are long."""
-    block_d = min(max(next_power_of_two(d), 16), COMBINE_ELEMENTS)
-    return CombineTile(max(COMBINE_ELEMENTS // 2 // block_d, 1), block_d, 4)
+    block_d = min(max(next_power_of_two(d), 16), ROW_ELEMENTS)
+    return RowTile(max(ROW_ELEMENTS // 2 // block_d, 1), block_d, 4)

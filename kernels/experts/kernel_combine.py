@@ -1,6 +1,6 @@
 r"""Device code of the combination: every token collects what its experts made of it, in the order of its choices.
 
-$$Z_n=\sum_{s=1}^{k}g_{ns}\,Y_{\eta(nk+s)},\qquad \bar g_{ns}=\sum_t\mathrm{SHARES}_{t,\eta(nk+s)} .$$
+$$Z_n=\sum_{s=1}^{k}g_{ns}\,Y_{\eta(nk+s)},\qquad \bar g_{ns}=\langle A,U\rangle_{\eta(nk+s)} .$$
 
 Collecting instead of scattering: nobody writes where another program writes, so there are no atomics and the order of
 the sum is fixed. A dropped choice has place -1 and adds nothing. The same kernel without gates adds up the gradient of
@@ -36,14 +36,11 @@ def _combine_kernel(
     tl.store(out, z.to(Z.dtype.element_ty), mask=present[:, None] & in_row[None, :])
 
 
-@triton.jit(do_not_specialize=["n_assignments", "n_shares"])
-def _gate_gradient_kernel(SHARES, PLACES, DGATES, n_assignments, n_shares, BLOCK_A: tl.constexpr):
-    """DGATES (N, k): the shares (tiles, A) of each assignment added up, 0 for one that was dropped."""
+@triton.jit(do_not_specialize=["n_assignments"])
+def _gate_gradient_kernel(DG, PLACES, DGATES, n_assignments, BLOCK_A: tl.constexpr):
+    """DGATES (N, k): the rows' gradients DG (A,) in the order of the assignments, 0 for one that was dropped."""
     assignments = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask = assignments < n_assignments
     place = tl.load(PLACES + assignments, mask=mask, other=-1).to(tl.int64)
-    dg = tl.zeros((BLOCK_A,), tl.float32)
-    for share in range(n_shares):
-        at = SHARES + tl.cast(share, tl.int64) * n_assignments + place
-        dg += tl.load(at, mask=place >= 0, other=0.0)
+    dg = tl.load(DG + place, mask=place >= 0, other=0.0)
     tl.store(DGATES + assignments, dg.to(DGATES.dtype.element_ty), mask=mask)

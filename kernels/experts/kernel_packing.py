@@ -25,7 +25,8 @@ import triton.language as tl
 def _one_hot(EXPERTS, assignments, n_assignments, cols, k, stride_row, stride_col):
     """Which expert each assignment wants, as zeros and ones (assignments, E), and as a number (-1 behind the last)."""
     mask = assignments < n_assignments
-    at = (assignments // k) * stride_row + (assignments % k) * stride_col
+    number = assignments.to(tl.int32)  # there are fewer than 2^31, and a division of 64 bits is a call of a function
+    at = (number // k).to(tl.int64) * stride_row + (number % k).to(tl.int64) * stride_col
     expert = tl.load(EXPERTS + at, mask=mask, other=-1).to(tl.int32)
     return (expert[:, None] == cols[None, :]).to(tl.int32), expert
 
@@ -113,9 +114,11 @@ def _tiles_kernel(
     expert = tl.sum(passed.to(tl.int32), axis=1)
     inside = tiles - tl.sum(tl.where(passed, wanted[None, :], 0), axis=1)
     mask = tiles < n_tiles
-    first = tl.load(OFFSETS + expert, mask=mask, other=0) + inside * BLOCK_M
-    end = tl.load(OFFSETS + expert + 1, mask=mask & (expert < n_experts), other=0)
+    at = OFFSETS + expert.to(tl.int64)
+    first = tl.load(at, mask=mask, other=0) + inside * BLOCK_M
+    end = tl.load(at + 1, mask=mask & (expert < n_experts), other=0)
     nobodys = expert == n_experts
-    tl.store(TILES + tiles, tl.where(nobodys, -1, expert), mask=mask)
-    tl.store(TILES + n_tiles + tiles, first, mask=mask)
-    tl.store(TILES + 2 * n_tiles + tiles, tl.where(nobodys, n_rows, end), mask=mask)
+    out = TILES + tiles.to(tl.int64)
+    tl.store(out, tl.where(nobodys, -1, expert), mask=mask)
+    tl.store(out + n_tiles, first, mask=mask)
+    tl.store(out + 2 * tl.cast(n_tiles, tl.int64), tl.where(nobodys, n_rows, end), mask=mask)

@@ -10,15 +10,16 @@ $$\bar W^{\rm in}_e=\sum_{j\in e}\bar H_j^\top X_{\pi(j)},\qquad
   \bar W^{\rm down}_e=\sum_{j\in e}\bar Z_{\pi(j)}^\top(g_jA_j).$$
 
 The packed copies of X and $\bar Z$ never exist: a tile of the left factor is loaded row by row from where the tokens
-are. The SwiGLU and its derivative happen while the products are still in registers. $Y$ and $U$ are not kept.
+are. The SwiGLU happens while the products are still in registers; its derivative has a pass of its own, because U, H
+and three results do not fit into registers beside an accumulator. $Y$ is not kept.
 
 A program has one tile of rows of one expert, found in the list `TILES` (`kernel_packing.py`), and one tile of
 columns; programs are launched GROUP row tiles at a time over all columns, so that neighbours share an expert's matrix
 and the tokens' rows in the second-level cache. The weights' gradients have a program for every tile of every expert's
 matrix: it walks that expert's rows in order. An expert without rows writes zeros. No atomics.
 
-Rounding: products are accumulated in fp32. H, A and what is handed to the next product are rounded once when stored;
-the gate's gradient is added up in fp32, in one share for every tile of columns.
+Rounding: products are accumulated in fp32. H, A, U and what is handed to the next product are rounded once when
+stored; the gate's gradient is added up in fp32, a row of U and A at a time.
 """
 
 import triton
@@ -35,10 +36,10 @@ def _own_tile(TILES, n_tiles, n_cols, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
     group = tl.program_id(0) // per_group
     height = tl.minimum(n_tiles - group * GROUP, GROUP)
     rest = tl.program_id(0) % per_group
-    tile = group * GROUP + rest % height
-    expert = tl.load(TILES + tile)
-    first = tl.load(TILES + n_tiles + tile)
-    end = tl.load(TILES + 2 * n_tiles + tile)
+    at = TILES + (group * GROUP + rest % height).to(tl.int64)
+    expert = tl.load(at)
+    first = tl.load(at + n_tiles)
+    end = tl.load(at + 2 * tl.cast(n_tiles, tl.int64))
     return expert, first, end, rest // height
 
 
@@ -120,63 +121,46 @@ def _up_kernel(
         value_at += tl.cast(BLOCK_K, tl.int64) * stride_w_inner
         gate_at += tl.cast(BLOCK_K, tl.int64) * stride_w_inner
     mask = in_rows[:, None] & in_cols[None, :]
-    if H is not None:  # what is kept is what the backward computes with
+    a = (value * gate * _sigmoid(gate)).to(A.dtype.element_ty)
+    if H is not None:
         out = H + rows[:, None] * (2 * d_ff) + cols[None, :]
         tl.store(out, value.to(H.dtype.element_ty), mask=mask)
         tl.store(out + d_ff, gate.to(H.dtype.element_ty), mask=mask)
-    a = value * gate * _sigmoid(gate)
-    tl.store(A + rows[:, None] * d_ff + cols[None, :], a.to(A.dtype.element_ty), mask=mask)
+    tl.store(A + rows[:, None] * d_ff + cols[None, :], a, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_rows"])
-def _down_backward_kernel(
-    DZ, ORDER, W, TILES, H, GATES, DH, GA, SHARES,
-    n_tiles, n_rows, d_ff, n_inner, top_k, stride_dz_row, stride_dz_col, stride_w_expert, stride_w_inner, stride_w_col,
-    stride_gates_row, stride_gates_col,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+@triton.jit(do_not_specialize=["n_rows"])
+def _activation_backward_kernel(
+    U, ORDER, H, GATES, DH, GA, DG, n_rows, d_ff, top_k, stride_gates_row, stride_gates_col,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """U[j] = DZ[token of j] @ W_down[e], and from it DH (A, 2 d_ff), the weighted GA (A, d_ff), and a share of <A, U>.
+    """From U and H the gradient DH (A, 2 d_ff), the weighted activations GA (A, d_ff) and the gates' gradient DG (A,).
 
-    SHARES (column tiles, A) fp32 holds the part of the gate's gradient that this tile of columns has.
+    A program has BLOCK_R whole rows, however long, so DG is a sum in one fixed order. Rows of nobody have gate 0.
     """
-    expert, first, end, strip = _own_tile(TILES, n_tiles, d_ff, BLOCK_N, GROUP)
-    if first >= end:
-        return
-    rows = first.to(tl.int64) + tl.arange(0, BLOCK_M)
-    cols = strip.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    in_rows = rows < end
-    in_cols = cols < d_ff
-    assignment = tl.load(ORDER + rows, mask=in_rows, other=0)
-    served = in_rows & (assignment >= 0)
-    token = (assignment // top_k).to(tl.int64)
-    dz_at = DZ + token[:, None] * stride_dz_row + inner.to(tl.int64)[None, :] * stride_dz_col
-    w_at = W + expert.to(tl.int64) * stride_w_expert
-    w_at += inner.to(tl.int64)[:, None] * stride_w_inner + cols[None, :] * stride_w_col
-    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, tl.where(expert < 0, 0, n_inner), BLOCK_K):
-        inside = inner < n_inner - start
-        dz = tl.load(dz_at, mask=in_rows[:, None] & inside[None, :], other=0.0)
-        w = tl.load(w_at, mask=inside[:, None] & in_cols[None, :], other=0.0)
-        u = dot(dz, w, u)
-        dz_at += tl.cast(BLOCK_K, tl.int64) * stride_dz_col
-        w_at += tl.cast(BLOCK_K, tl.int64) * stride_w_inner
-
-    mask = in_rows[:, None] & in_cols[None, :]
-    slot = (assignment % top_k).to(tl.int64)
-    g = tl.load(GATES + token * stride_gates_row + slot * stride_gates_col, mask=served, other=0.0).to(tl.float32)
-    h_at = rows[:, None] * (2 * d_ff) + cols[None, :]
-    value = tl.load(H + h_at, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(H + h_at + d_ff, mask=mask, other=0.0).to(tl.float32)
-    sigma = _sigmoid(gate)
-    silu = gate * sigma
-    a = value * silu
-    tl.store(SHARES + strip.to(tl.int64) * n_rows + rows, tl.sum(a * u, axis=1), mask=in_rows)
-    tl.store(GA + rows[:, None] * d_ff + cols[None, :], (g[:, None] * a).to(GA.dtype.element_ty), mask=mask)
-    da = g[:, None] * u
-    tl.store(DH + h_at, (da * silu).to(DH.dtype.element_ty), mask=mask)
-    dgate = da * value * sigma * (1.0 + gate * (1.0 - sigma))
-    tl.store(DH + h_at + d_ff, dgate.to(DH.dtype.element_ty), mask=mask)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = rows < n_rows
+    assignment = tl.load(ORDER + rows, mask=in_rows, other=-1)
+    at = (assignment // top_k).to(tl.int64) * stride_gates_row + (assignment % top_k).to(tl.int64) * stride_gates_col
+    g = tl.load(GATES + at, mask=in_rows & (assignment >= 0), other=0.0).to(tl.float32)[:, None]
+    dg = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, d_ff, BLOCK_D):
+        cols = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mask = in_rows[:, None] & (cols < d_ff)[None, :]
+        out = rows[:, None] * d_ff + cols[None, :]
+        wide = rows[:, None] * (2 * d_ff) + cols[None, :]
+        u = tl.load(U + out, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(H + wide, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(H + wide + d_ff, mask=mask, other=0.0).to(tl.float32)
+        sigma = _sigmoid(gate)
+        silu = gate * sigma
+        dg += tl.sum(value * silu * u, axis=1)
+        tl.store(GA + out, (g * value * silu).to(GA.dtype.element_ty), mask=mask)
+        u *= g
+        tl.store(DH + wide, (u * silu).to(DH.dtype.element_ty), mask=mask)
+        dgate = u * value * sigma * (1.0 + gate * (1.0 - sigma))
+        tl.store(DH + wide + d_ff, dgate.to(DH.dtype.element_ty), mask=mask)
+    tl.store(DG + rows, dg, mask=in_rows)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import launching
 from kernels.experts import kernel_combine, kernel_products
-from kernels.experts.config import CombineTile, Plan, Tile, combine_tile, plan
+from kernels.experts.config import Plan, RowTile, Tile, plan, row_tile
 from kernels.experts.launch_routing import pack, tiles
 from kernels.launching import FUSED_MULTIPLY_ADD, on
 
@@ -81,23 +81,21 @@ def up(
     return a, h
 
 
-def down_backward(
-    dz: Tensor, order: Tensor, k: int, w_down: Tensor, listed: Tensor, h: Tensor, gates: Tensor, tile: Tile
+def activation_backward(
+    u: Tensor, order: Tensor, k: int, h: Tensor, gates: Tensor, tile: RowTile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of h (A, 2 d_ff), the weighted activations (A, d_ff) and the shares (tiles, A) of the gates' gradient."""
-    A, d_ff = len(order), w_down.shape[2]
-    dh = launching.empty((A, 2 * d_ff), dz.dtype, dz.device)
-    ga = launching.empty((A, d_ff), dz.dtype, dz.device)
-    strips = triton.cdiv(d_ff, tile.block_n)
-    shares = launching.empty((strips, A), torch.float32, dz.device)
-    n_tiles = listed.shape[1]
-    with on(dz):
-        products._down_backward_kernel[(n_tiles * strips,)](
-            dz, order, w_down, listed, h, gates, dh, ga, shares,
-            n_tiles, A, d_ff, dz.shape[1], k, *dz.stride(),
-            w_down.stride(0), w_down.stride(1), w_down.stride(2), *gates.stride(), **_sizes(tile), **_options(tile),
+    """The gradient of h (A, 2 d_ff), the weighted activations (A, d_ff) and the gates' gradient by rows (A,)."""
+    A, d_ff = u.shape
+    dh = launching.empty((A, 2 * d_ff), u.dtype, u.device)
+    ga = launching.empty((A, d_ff), u.dtype, u.device)
+    dg = launching.empty((A,), torch.float32, u.device)
+    tile = tile or row_tile(d_ff)
+    with on(u):
+        products._activation_backward_kernel[(triton.cdiv(A, tile.block_t),)](
+            u, order, h, gates, dh, ga, dg, A, d_ff, k, *gates.stride(),
+            BLOCK_R=tile.block_t, BLOCK_D=tile.block_d, num_warps=tile.warps, num_stages=1, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
-    return dh, ga, shares
+    return dh, ga, dg
 
 
 def weight_gradient(
@@ -119,13 +117,13 @@ def weight_gradient(
     return dw
 
 
-def combine(y: Tensor, places: Tensor, gates: Tensor | None, tile: CombineTile | None = None) -> Tensor:
+def combine(y: Tensor, places: Tensor, gates: Tensor | None, tile: RowTile | None = None) -> Tensor:
     """For every token the sum of its experts' rows of y (A, d), weighted unless gates is None: (N, d)."""
     (N, k), d = places.shape, y.shape[1]
     z = launching.empty((N, d), y.dtype, y.device)
     if z.numel() == 0:
         return z
-    tile = tile or combine_tile(d)
+    tile = tile or row_tile(d)
     with on(y):
         combining._combine_kernel[(triton.cdiv(N, tile.block_t) * triton.cdiv(d, tile.block_d),)](
             y, places, gates, z, N, d, k, *((0, 0) if gates is None else gates.stride()),
@@ -134,12 +132,12 @@ def combine(y: Tensor, places: Tensor, gates: Tensor | None, tile: CombineTile |
     return z
 
 
-def gate_gradient(shares: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of the gates (N, k) out of its shares."""
+def gate_gradient(dg: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the gates (N, k) out of that of the packed rows (A,)."""
     dgates = launching.empty(tuple(places.shape), dtype, places.device)
-    with on(shares):
+    with on(dg):
         combining._gate_gradient_kernel[(triton.cdiv(places.numel(), GATES_AT_ONCE),)](
-            shares, places, dgates, places.numel(), len(shares),
+            dg, places, dgates, places.numel(),
             BLOCK_A=GATES_AT_ONCE, num_warps=4, num_stages=1, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     return dgates
@@ -203,8 +201,9 @@ def layer_backward(
         return tuple(launching.empty(tuple(t.shape), t.dtype, t.device).zero_() for t in (x, gates, w_in, w_down))
     chosen = chosen or plan_for(A, E, x)
     listed = tiles(offsets, A, chosen.block_m)
-    dh, ga, shares = down_backward(dz, order, k, w_down, listed, h, gates, chosen.back)
-    dgates = gate_gradient(shares, places, gates.dtype)
+    u = grouped(dz, order, k, w_down, 1, listed, A, chosen.down)
+    dh, ga, dg = activation_backward(u, order, k, h, gates)
+    dgates = gate_gradient(dg, places, gates.dtype)
     dx = combine(grouped(dh, None, 1, w_in, 1, listed, A, chosen.down), places, None)
     dw_down = weight_gradient(dz, True, ga, False, order, k, offsets, w_down.dtype, chosen.weights)
     dw_in = weight_gradient(dh, False, x, True, order, k, offsets, w_in.dtype, chosen.weights)
