@@ -150,6 +150,28 @@ def activation_numbers(config: Config, B: int, L: int, flash: bool = True) -> in
     return c.n_layers * B * L * (per_token + (0 if flash else c.n_heads * L))
 
 
+def held_numbers(config: Config, B: int, L: int, kept_scores: int = 0) -> int:
+    r"""Numbers that this engine holds between the forward and the backward pass of the blocks of a `Decoder`.
+
+    More than `activation_numbers` counts: the tape holds every tensor that an operation has read or made, so the branches
+    before their addition (2 d), queries and keys before and after they turn, and the logistic function of the gate
+    ($d_{\rm ff}$) come on top; and per token a number for each norm and each head (the log-normaliser). Attention keeps
+    its probabilities where they are few: ``kept_scores`` of them in a block, of all sequences.
+
+    Equation: `memory-training` activations: $N_{\rm layer}\big(BL\,[7d+d_{\rm head}(2H+3H_{kv})+4d_{\rm ff}+H+2]+N_P\big)$
+    Shapes: sizes -> numbers; the angles of the positions, $Ld_{\rm head}(1+H+H_{kv})$ a block at most, are left out
+    Raises: ValueError for another model than a `Decoder`, or sizes that are not positive.
+    Source: notes §10.4; measured, see the test.
+    """
+    require(config.is_llama, "held_numbers", "the configuration", "that of a `Decoder`", "other choices")
+    for name, value in (("B", B), ("L", L)):
+        require_positive(value, "held_numbers", name, integer=True)
+    require_positive(kept_scores, "held_numbers", "kept_scores", integer=True, zero_ok=True)
+    c, H, H_kv = config, config.n_heads, config.n_kv_heads or config.n_heads
+    per_token = 7 * c.d_model + c.d_head * (2 * H + 3 * H_kv) + 4 * (c.d_ff or 0) + H + 2
+    return c.n_layers * (B * L * per_token + kept_scores)
+
+
 def measured_products(*outputs: Tensor) -> Counter:
     r"""Operations of the matrix products in the recorded graph behind some tensors, by the name of the operation.
 

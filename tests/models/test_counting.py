@@ -1,14 +1,20 @@
 """Counts by formula are what models hold and do, and the figures of the slides come out."""
 
+import gc
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.autograd import no_grad
+from minillm.autograd import no_grad, scratch
+from minillm.fused import attention_blocks
+from minillm.fused.losses import cross_entropy
 from minillm.models import Config, Decoder, EncoderDecoder, Transformer, costs, counting
 from minillm.models.families import FAMILIES, LLAMA, bert_config, gpt_config, tiny
 from minillm.nn.latent_attention import LatentAttention
+from minillm.training.step import loss_and_gradients
 
 TOTALS = {
     "LLaMA 7B": (6_738_415_616, 64.2, 148),
@@ -192,7 +198,50 @@ def test_cache_and_activations_are_as_large_as_counted(changes):
     assert more == 3 * 2 * 4 * 8 * 8
 
 
+def measured_step(config: Config, B: int, L: int) -> tuple[int, int]:
+    """Bytes held after the forward pass of a training step, and the most that was held until its end."""
+    model = Decoder(config, np.random.default_rng(0))
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (B, L + 1))
+    gc.collect()
+    scratch.arena().clear()
+    tracemalloc.start()
+    try:
+        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        scratch.arena().clear()  # what is not held, but kept for the next request
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0]
+        loss_and_gradients(loss, model.parameters())
+        return held, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.equation("memory-training")
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "d_ff": 96}])
+@pytest.mark.parametrize("kept", [True, False])
+def test_activations_of_a_real_step_are_as_many_as_counted(changes, kept, monkeypatch):
+    """What one more block adds to the memory of a step, in bytes of float32; the rest of the model cancels."""
+    if not kept:
+        monkeypatch.setattr(attention_blocks, "KEPT_BYTES", 0)
+    sizes = {"d_model": 64, "n_heads": 4, "d_ff": 172, "context": 128, **changes}
+    B, L = 8, 128
+    few, more = (measured_step(Config(50, n_layers=n, **sizes), B, L) for n in (1, 4))
+    per_block = (more[0] - few[0]) / 3 / 4
+    one = Config(50, n_layers=1, **sizes)
+    step = attention_blocks.block_size(L, causal=True)
+    seen = sum(min(step, L - start) * min(start + step, L) for start in range(0, L, step))
+    wanted = costs.held_numbers(one, B, L, B * 4 * seen if kept else 0)
+    angles = L * one.d_head * (1 + 4 + (one.n_kv_heads or 0))
+    print(f"a block holds {per_block:,.0f} numbers, counted {wanted:,}; needed {costs.activation_numbers(one, B, L):,}")
+    assert wanted <= per_block < 1.02 * wanted + angles
+    needed = costs.activation_numbers(one, B, L, flash=not kept)
+    assert 1 < per_block / needed < 1.75  # what the tape holds without need
+    backward = (more[1] - few[1]) / 3 / 4  # with gradients of the block's parameters, and less held as it goes back
+    assert per_block * 0.9 < backward < per_block + 2 * sum(counting.count_model(one)[1:3])
+
+
 BAD = {
+    "held": (lambda: costs.held_numbers(Config(5, norm="layernorm"), 1, 1), "the configuration must be that of a"),
     "heads": (lambda: counting.count_attention(10, 3), "count_attention: H must be a divisor"),
     "kv heads": (lambda: counting.count_attention(12, 4, 3), "count_attention: H_kv must be a divisor"),
     "negative": (lambda: counting.count_ffn(0, 3), "count_ffn: d_model must be a positive integer"),
