@@ -24,6 +24,14 @@ def _four_axes(x: Tensor) -> Tensor:
     return x[(None,) * (4 - x.ndim)] if x.ndim < 3 else x[:, None] if x.ndim == 3 else x
 
 
+def like(x: Tensor) -> Tensor:
+    """A contiguous tensor of this shape, or one whose heads lie within positions where those of x do."""
+    if x.ndim == 4 and x.stride(3) == 1 and x.stride(1) < x.stride(2) < x.stride(0):
+        B, H, L, d = x.shape
+        return launching.empty((B, L, H, d), x.dtype, x.device).transpose(1, 2)
+    return launching.empty(x.shape, x.dtype, x.device)
+
+
 def turn(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, start: int, pairing: str,
     backward: bool = False, out: Tensor | None = None, tile: Tile | None = None,
@@ -32,7 +40,7 @@ def turn(
 
     Shapes: x (..., L, d_head), cos and sin (n, d_head / 2), positions None, (L,) or (B, L) -> (..., L, d_head)
     """
-    y = launching.empty(x.shape, x.dtype, x.device) if out is None else out
+    y = like(x) if out is None else out
     if x.numel() == 0:
         return y
     source, target = _four_axes(x), _four_axes(y)

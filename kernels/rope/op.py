@@ -3,7 +3,8 @@ r"""Rotary positions on torch tensors: checks, gradients, the custom op for `tor
 The angles arrive as a table of cosines and sines in float32, one row for each position (`table` makes it in float64
 and rounds once). A row's position is ``start`` plus its place in the text, or plus what ``positions`` says: one row of
 them for all texts, or one for each (packed documents, padding on the left). x may be float32, float16 or bfloat16 of
-any layout on a GPU; in Triton's interpreter float32 and float16. Gradients are of first order.
+any layout on a GPU; in Triton's interpreter float32 and float16. Results are contiguous, or laid out (B, L, H, d_head) in
+memory where x is. Gradients are of first order.
 """
 
 import numpy as np
@@ -131,7 +132,7 @@ def rope_op(
 
 @rope_op.register_fake
 def _rope_fake(x, cos, sin, positions, start, pairing, backward):
-    return x.new_empty(x.shape)
+    return launch.like(x)
 
 
 def _setup_context(ctx, inputs, output):
