@@ -22,7 +22,7 @@ def kept_targets(logits, targets, ignore_index: int) -> tuple[np.ndarray, np.nda
         f"of shape {tuple(logits.shape[:-1])}, one class id for every row of logits {tuple(logits.shape)}",
         targets,
     )
-    kept = targets != ignore_index
+    kept = np.asarray(targets != ignore_index)  # an array also for a single target
     return check_ids("cross_entropy", np.where(kept, targets, 0), logits.shape[-1]), kept
 
 
