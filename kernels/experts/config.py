@@ -2,13 +2,13 @@
 
 The reasons, all of them visible in what the compiler reports (`python -m kernels compile experts`):
 
-- 16-bit products on Hopper and Blackwell: 128 rows, eight warps, 64 numbers deep, which is one 128-byte line a row.
-  `up` has two accumulators, of the value and of the gate, of 128 columns each, and `down` one of 256: in both a thread
-  holds 128 sums, and a tile does 128 x 256 x 2 / (128 + 256) = 171 operations for every element that it loads, 85 a
-  byte. Four stages of 48 KB would fill shared memory to the last byte; three leave the scheduler as much, and what an
-  epilogue needs.
+- 16-bit products on Hopper and Blackwell: 128 rows, 64 numbers deep, which is one 128-byte line a row. `down` has 256
+  columns, eight warps and 128 sums a thread; `up` has two accumulators of 128 columns, for value and gate, and on
+  Hopper sixteen warps: with eight, the sums are the same 128, but its epilogue keeps 22 to 32 of them on the stack. Both
+  do 128 x 256 x 2 / (128 + 256) = 171 operations for every element that they load, 85 a byte. Four stages of 48 KB
+  would fill shared memory to the last byte; three leave room, and hide the same latency.
 - The derivative of the SwiGLU is no epilogue: U, H and three results beside an accumulator spill by the kilobyte.
-- Ampere has half the shared memory and products from registers: 128 x 128 (64 for the two accumulators), 32 deep.
+- Ampere: 128 x 128 in 49 KB; the two accumulators of 64 columns twice as deep, where they need 128 registers exactly.
 - AMD has 64 KB of shared memory a workgroup.
 - float32 is for checking, not for speed: products without tensor cores, small tiles.
 - 64 rows a tile where an expert has few: a half-empty tile costs as much as a full one. Fewer than 64 rows are no
@@ -57,14 +57,15 @@ FEW_ROWS = 256  # below this mean load tiles of 64 rows waste less than tiles of
 def plan(n_rows: int, n_experts: int, itemsize: int, target: str) -> Plan:
     """The tiles for n_rows assignments over n_experts experts."""
     if itemsize == 4:
-        return Plan(Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
+        return Plan(Tile(64, 32, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2))
     tall = n_rows >= FEW_ROWS * max(n_experts, 1)
     m, warps = (128, 8) if tall else (64, 4)
     if target == "gfx942":
         return Plan(Tile(m, 64, 32, 4, 2), Tile(m, 128, 32, 4, 2), Tile(128, 128, 32, 8, 2))
     if target == "sm_80":
-        return Plan(Tile(m, 64, 32, warps, 4), Tile(m, 128, 32, warps, 4), Tile(128, 128, 32, 8, 4))
-    return Plan(Tile(m, 128, 64, warps, 3), Tile(m, 256, 64, warps, 3), Tile(128, 128, 64, 8, 3))
+        return Plan(Tile(m, 64, 64, warps, 3), Tile(m, 128, 32, warps, 4), Tile(128, 128, 32, 8, 4))
+    pairs = 2 * warps if target == "sm_90" else warps  # of accumulators: on Blackwell they are not in registers
+    return Plan(Tile(m, 128, 64, pairs, 3), Tile(m, 256, 64, warps, 3), Tile(128, 128, 64, 8, 3))
 
 
 @dataclass(frozen=True)
