@@ -1,4 +1,4 @@
-"""The command `python -m kernels`: compare, compile and bench the kernel families.
+"""The command `python -m kernels`: compare, compile and bench the kernel families, train a transformer on them.
 
 Exit codes: 0 fine, 1 a check failed, 2 wrong usage. With --json one array on standard output, nothing else
 there; progress and remarks go to standard error.
@@ -17,7 +17,7 @@ from minillm.checks import MissingPackageError, optional_import
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m kernels", description="The Triton kernels: check, compile, time.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="compare | compile | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compare | compile | bench | train")
 
     compare = commands.add_parser("compare", help="hold a kernel against its NumPy reference")
     compare.add_argument("--impl", metavar="FILE.py:NAME", help="your own function instead of ours; the file is run")
@@ -35,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", metavar="PATH", help="where the results go (default: kernels/results/)")
     bench.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
     bench.add_argument("--sweep", action="store_true", help="time other tile sizes instead, to choose better ones")
+
+    commands.add_parser("train", help="what `minillm train` does, on the kernels; has its options", add_help=False)
 
     for command in (compare, compile_, bench):
         command.add_argument("family", nargs="?", help="one family (default: all)")
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"another package called 'kernels' ({kernels.__file__}) shadows the one of minillm. "
             "Install minillm in an environment of its own: `make test` makes one."
         )
+    if arguments[:1] == ["train"]:
+        return _train(arguments)
     try:
         options = build_parser().parse_args(arguments)
     except SystemExit as stop:
@@ -172,6 +176,30 @@ def _bench(options: argparse.Namespace, families: Sequence[str], arguments: Sequ
         _say(f"written to {path}")
     print(json.dumps(rows, indent=1) if options.json else bench.report(rows))
     return 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from kernels import mode
+
+    try:
+        optional_import("torch", "kernels")
+        if not mode.has_gpu():
+            code = mode.settle(True, arguments)
+            if code is not None:
+                return code
+        optional_import("triton", "kernels")
+    except MissingPackageError as error:
+        return _fail(str(error))
+    from kernels import train
+
+    parser = argparse.ArgumentParser(prog="python -m kernels")
+    train.add_parser(parser.add_subparsers(required=True))
+    try:
+        return train.run(parser.parse_args(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(str(error))
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ Each kernel is called in one place below (`norm`, `add_norm`, `turn`, `attend`, 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,10 @@ class Weights(nn.Module):
         for name, shape in shapes.items():
             fresh = torch.ones if len(shape) == 1 else torch.zeros
             self.register_parameter(name, nn.Parameter(fresh(shape, device=device, dtype=dtype)))
+
+    def __getattr__(self, name: str) -> Tensor:
+        """The parameter of that name."""
+        return super().__getattr__(name)  # type: ignore[return-value]
 
 
 class Block(nn.Module):
@@ -123,7 +128,7 @@ class Decoder(nn.Module):
         self.config = config
         V, d = config.vocab_size, config.d_model
         self.embedding = Weights(device, dtype, weight=(V, d))
-        self.blocks = nn.ModuleList(Block(config, device, dtype) for _ in range(config.n_layers))
+        self.blocks: Any = nn.ModuleList(Block(config, device, dtype) for _ in range(config.n_layers))
         self.final_norm = Weights(device, dtype, gain=(d,))
         self.head = None if config.tied else Weights(device, dtype, weight=(V, d))
         cos, sin = table(rotation(config).angles, device=device)
@@ -139,14 +144,14 @@ class Decoder(nn.Module):
         """The normalised stream that the head reads: (B, L) -> (B, L, d_model)."""
         require(ids.ndim == 2 and ids.shape[1] > 0, "Decoder", "the ids", "of shape (B, L) with L >= 1", ids)
         L, context, eps = ids.shape[1], self.config.context, self.config.norm_eps
-        require(L <= context, "Decoder", "the text", f"at most {context} tokens long, the model's context", ids)
+        require(context >= L, "Decoder", "the text", f"at most {context} tokens long, the model's context", ids)
         cos, sin = self.cos[:L], self.sin[:L]
-        gains = [b.attention_norm.gain for b in self.blocks] + [self.final_norm.gain]  # type: ignore[union-attr]
-        x = F.embedding(ids, self.embedding.weight)  # type: ignore[arg-type]  # (B, L, d_model)
-        y = norm(x, gains[0], eps)  # type: ignore[arg-type]
+        gains = [b.attention_norm.gain for b in self.blocks] + [self.final_norm.gain]
+        x = F.embedding(ids, self.embedding.weight)  # (B, L, d_model)
+        y = norm(x, gains[0], eps)
         for block, following in zip(self.blocks, gains[1:]):
-            x, y = add_norm(x, block.attention_branch(y, cos, sin), block.ffn_norm.gain, eps)  # type: ignore[operator, union-attr]
-            x, y = add_norm(x, block.ffn_branch(y), following, eps)  # type: ignore[operator, arg-type]
+            x, y = add_norm(x, block.attention_branch(y, cos, sin), block.ffn_norm.gain, eps)
+            x, y = add_norm(x, block.ffn_branch(y), following, eps)
         return y
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:

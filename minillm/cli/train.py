@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,17 @@ SHARE_FOR_STEPS = 0.93  # of --minutes; the rest is for validation, checkpoints 
 
 
 def build_trainer(
-    model: Config, training: TrainingConfig, data: DataSettings, corpus: Corpus, **options: Any
+    model: Config,
+    training: TrainingConfig,
+    data: DataSettings,
+    corpus: Corpus,
+    kind: Callable[..., Trainer] = Trainer,
+    **options: Any,
 ) -> Trainer:
     """A trainer with fresh weights; model, batches and samples each have a generator of their own."""
     made = make_model(model, np.random.default_rng([training.seed, 0]))
     stream = BatchStream(corpus.train, training.n_ctx, training.batch_size, np.random.default_rng([training.seed, 1]))
-    return Trainer(
+    return kind(
         made,
         stream,
         training,
@@ -51,10 +57,17 @@ def build_trainer(
     )
 
 
-def steps_in(minutes: float, model: Config, training: TrainingConfig, data: DataSettings, corpus: Corpus) -> int:
+def steps_in(
+    minutes: float,
+    model: Config,
+    training: TrainingConfig,
+    data: DataSettings,
+    corpus: Corpus,
+    kind: Callable[..., Trainer] = Trainer,
+) -> int:
     """How many steps fit into a time, from a few steps of a run that is thrown away."""
     require_positive(minutes, "train", "--minutes")
-    trial = build_trainer(model, training, data, corpus, show_progress=False)
+    trial = build_trainer(model, training, data, corpus, kind, show_progress=False)
     seconds: list[float] = []
     with trial.threads.running():
         trial.train_step()
@@ -77,7 +90,7 @@ def show_sample(trainer: Trainer, prompt: str, length: int = 120) -> None:
     tqdm.write(f"step {trainer.step}: {text!r}", file=sys.stderr)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Trainer, Corpus, dict[str, Any]]:
+def prepare(args: argparse.Namespace, kind: Callable[..., Trainer] = Trainer) -> tuple[Trainer, Corpus, dict[str, Any]]:
     """The trainer, new or resumed, its data and its settings; nothing is written before all of them are right."""
     chosen = {k: v for k, v in vars(args).items() if k in presets.MODEL | presets.TRAINING | presets.DATA}
     if args.resume:
@@ -97,7 +110,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Corpus, dict[str, Any]]:
     model = presets.model_config(settings, corpus.vocab_size)
     if args.minutes is not None:
         require(not args.resume, "train", "--minutes", "left out with --resume", args.minutes)
-        settings["steps"] = min(settings["steps"], steps_in(args.minutes, model, training, data, corpus))
+        settings["steps"] = min(settings["steps"], steps_in(args.minutes, model, training, data, corpus, kind))
         settings["warmup_steps"] = min(settings.get("warmup_steps", 0), settings["steps"])
         training = presets.training_config(settings)
     look = corpus.held_out[:LOOK_TOKENS]
@@ -107,6 +120,7 @@ def prepare(args: argparse.Namespace) -> tuple[Trainer, Corpus, dict[str, Any]]:
         training,
         data,
         corpus,
+        kind,
         folder=args.out,
         held_out=HeldOut(look, n_bytes),
         on_look=(lambda trainer: show_sample(trainer, args.prompt)) if args.samples else None,
@@ -132,14 +146,8 @@ def resumed_settings(args: argparse.Namespace, chosen: dict[str, Any]) -> dict[s
     return {**settings, **{k: v for k, v in chosen.items() if k == "threads"}}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train and report."""
-    start = time.perf_counter()
-    trainer, corpus, _ = prepare(args)
-    if args.resume and checkpoints_in(args.out):
-        trainer.resume(latest_checkpoint(args.out))
-    else:
-        trainer.metrics.rewind(-1)  # of a run that was killed before its first checkpoint
+def announce(args: argparse.Namespace, trainer: Trainer, corpus: Corpus) -> None:
+    """Save the effective configuration and say it."""
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "config.json", trainer.effective_config)
     tell = sys.stderr if args.json else sys.stdout
@@ -151,7 +159,21 @@ def run(args: argparse.Namespace) -> int:
         file=tell,
         flush=True,
     )
+
+
+def run(args: argparse.Namespace, kind: Callable[..., Trainer] = Trainer) -> int:
+    """Train and report. ``kind`` makes the trainer: another engine's takes the same settings and writes the same files."""
+    start = time.perf_counter()
+    trainer, corpus, _ = prepare(args, kind)
+    if args.resume and checkpoints_in(args.out):
+        trainer.resume(latest_checkpoint(args.out))
+    else:
+        trainer.metrics.rewind(-1)  # of a run that was killed before its first checkpoint
+    if trainer.leads:
+        announce(args, trainer, corpus)
     trainer.run()
+    if not trainer.leads:
+        return 0
     rows = report(trainer, corpus)
     write_json(args.out / "report.json", rows)
     if args.json:

@@ -7,7 +7,6 @@ import numpy as np
 
 from minillm.cli.corpus import Corpus
 from minillm.data import compressed_bits_per_byte, next_token_chunks
-from minillm.training.evaluate import evaluate
 from minillm.training.loop import Trainer
 
 COLUMNS = ["name", "value", "unit", "difference"]
@@ -18,9 +17,7 @@ def report(trainer: Trainer, corpus: Corpus) -> list[dict[str, Any]]:
     """Rows of the report: `name`, `value`, `unit`, and how far the model is above (+) or below (-) this opponent."""
     with trainer.threads.running():
         n_ctx = trainer.config.n_ctx
-        result = evaluate(
-            trainer.model, corpus.held_out, n_ctx=n_ctx, stride=max(1, n_ctx // OVERLAP), threads=trainer.threads
-        )
+        result = trainer.evaluate(corpus.held_out, stride=max(1, n_ctx // OVERLAP))
     if trainer.model.config.architecture != "decoder":
         return _against_frequencies(result.mean_nll, trainer.objective.unit, corpus)
     if corpus.source is not None:

@@ -66,7 +66,7 @@ def evaluate(
     require(1 <= stride <= n_ctx, "evaluate", "the stride", f"in 1..{n_ctx}, the context", stride)
     if model.config.architecture != "decoder":
         return _evaluate_questions(model, tokens, n_ctx, batch_size, threads)
-    inputs, targets = _windows(tokens.astype(np.int64), min(n_ctx, len(tokens) - 1), stride)
+    inputs, targets = windows(tokens.astype(np.int64), min(n_ctx, len(tokens) - 1), stride)
     threads = BatchThreads(1) if threads is None else threads
 
     def summed_loss(inputs: np.ndarray, targets: np.ndarray) -> float:
@@ -99,8 +99,8 @@ def _evaluate_questions(
     return Evaluation(nll, max(1, int((targets != IGNORE).sum())))
 
 
-def _windows(tokens: np.ndarray, n_ctx: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets (B, n_ctx); every target of the stream is kept in exactly one row."""
+def windows(tokens: np.ndarray, n_ctx: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets (B, n_ctx) of a text's windows; every target of the stream is kept in exactly one row."""
     last = len(tokens) - 1 - n_ctx
     starts = np.append(np.arange(0, last, stride), last)[:, None]  # (B, 1)
     places = starts + np.arange(n_ctx)  # (B, n_ctx): the inputs' places; a target is one further on

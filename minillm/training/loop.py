@@ -26,7 +26,7 @@ from minillm.nn.experts import Routing
 from minillm.optim import AdamW
 from minillm.training.checkpoint import Checkpoint, checkpoint_path, keep_newest, read_checkpoint, write_checkpoint
 from minillm.training.config import TrainingConfig
-from minillm.training.evaluate import evaluate
+from minillm.training.evaluate import Evaluation, evaluate
 from minillm.training.experts import expert_layers, mean_aux_loss, update_biases
 from minillm.training.metrics import MetricsLog
 from minillm.training.objectives import draws_in_training, objective_for
@@ -64,7 +64,11 @@ class Trainer:
     With a ``folder`` the run writes metrics and checkpoints there; `resume` goes on from one as if the run had never
     stopped, to the bit, on the same machine, thread count and library versions. ``on_look`` is called with the
     trainer before the first step, at every validation and at the end: what samples are made of, handed in from above.
+
+    What computes is in `update` and `evaluate`, so that another engine can take their place.
     """
+
+    leads = True  # of several processes that train together, the one that prints and writes
 
     def __init__(
         self,
@@ -136,6 +140,22 @@ class Trainer:
         Raises: FloatingPointError if loss or gradient is not finite; parameters and checkpoints stay as they were.
         """
         start = time.perf_counter()
+        loss, norm = self.update()
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        if self._is_due(self.config.log_every):
+            self.metrics.append(
+                step=self.step,
+                loss=loss,
+                lr=self.optimizer.lr,
+                grad_norm=norm,
+                tokens=self.step * self.config.tokens_per_step,
+                seconds=round(self.seconds, 3),
+            )
+        return loss
+
+    def update(self) -> tuple[float, float]:
+        """Move the parameters by the next batches; returns their loss and the length of the gradient."""
         questions = [self.objective.ask(self.stream.next_batch(), self.rng) for _ in range(self.config.accumulate)]
         n_targets = max(1, sum(int((q.targets != IGNORE).sum()) for q in questions))
         n_rows = sum(len(q.targets) for q in questions)
@@ -165,23 +185,16 @@ class Trainer:
         except FloatingPointError as error:
             raise FloatingPointError(self._divergence("the gradient must be finite, got NaN or infinity")) from error
         update_biases(self.experts, loads, self.config.bias_rate)
-        self.step += 1
-        self.seconds += time.perf_counter() - start
-        if self._is_due(self.config.log_every):
-            self.metrics.append(
-                step=self.step,
-                loss=loss,
-                lr=self.optimizer.lr,
-                grad_norm=norm,
-                tokens=self.step * self.config.tokens_per_step,
-                seconds=round(self.seconds, 3),
-            )
-        return loss
+        return loss, norm
+
+    def evaluate(self, tokens: np.ndarray, stride: int | None = None) -> Evaluation:
+        """How well the model predicts a text now."""
+        return evaluate(self.model, tokens, n_ctx=self.config.n_ctx, stride=stride, threads=self.threads)
 
     def look(self) -> None:
         """Validate, if there is held-out text, and let the caller look at the model."""
         if self.held_out is not None:
-            result = evaluate(self.model, self.held_out.tokens, n_ctx=self.config.n_ctx, threads=self.threads)
+            result = self.evaluate(self.held_out.tokens)
             self.validation_loss = result.mean_nll
             line = {"step": self.step, "validation_loss": result.mean_nll}
             if self.held_out.n_bytes is not None and self.model.config.architecture == "decoder":
@@ -211,9 +224,13 @@ class Trainer:
             "data": self.stream.state_dict(),
             "rng": self.rng.bit_generator.state,
             "tokenizer": None if self.tokenizer is None else self.tokenizer.to_dict(),
-            "versions": versions(self.config.threads),
+            "versions": self.versions(),
         }
         return Checkpoint(tensors, record)
+
+    def versions(self) -> dict[str, Any]:
+        """What the last bits of the run depend on."""
+        return versions(self.config.threads)
 
     def resume(self, path: str | os.PathLike) -> None:
         """Go back to where a checkpoint was written.
@@ -235,7 +252,7 @@ class Trainer:
         self.validation_loss = math.nan if loss is None else loss
         self._saved_step = self.step
         self.metrics.rewind(self.step)
-        warn_of_differences(saved.record.get("versions", {}), versions(self.config.threads))
+        warn_of_differences(saved.record.get("versions", {}), self.versions())
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)

@@ -22,7 +22,8 @@ def versions(threads: int) -> dict[str, Any]:
 
 def warn_of_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn that a resumed run may differ in the last bits, and say why."""
-    changed = [f"{key} {saved.get(key)} -> {now[key]}" for key in now if saved.get(key) != now[key]]
+    keys = dict.fromkeys([*now, *saved])
+    changed = [f"{key} {saved.get(key)} -> {now.get(key)}" for key in keys if saved.get(key) != now.get(key)]
     if changed:
         warnings.warn(
             f"resume: {', '.join(changed)}; the run goes on, but not to the bit as it would have.", stacklevel=3
