@@ -8,10 +8,11 @@ with its own clear error (which the tests of errors then see), or it is a mistak
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 # Everything but the tape: its methods run a hundred times for one call of the rest and carry no shapes.
 CHECKED = [
@@ -31,6 +32,17 @@ def check_after_the_call(stub: Callable) -> Callable:
     parameters = inspect.signature(stub).parameters.values()
     takes_result = any(p.kind is p.KEYWORD_ONLY and re.fullmatch(r"ret\d+", p.name) for p in parameters)
     return _beartype(stub) if takes_result else stub
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """No checks inside: for long runs of calls whose like others make under them, where a check costs more than a call."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", before)
 
 
 def install() -> None:
