@@ -1,5 +1,6 @@
 """The layer as a torch module, with the parameters of `minillm.nn.MixtureOfExperts` so that state dicts fit."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from kernels.experts.op import mixture_of_experts, route
 from minillm.checks import require, require_one_of, require_positive
 from minillm.functional.balance import updated_bias
-from minillm.functional.capacity import capacity
 
 ROUTERS = ("softmax", "sigmoid", "switch")
 INIT_STD = 0.02
@@ -91,7 +91,8 @@ class MixtureOfExperts(nn.Module):
         if self.scale != 1.0:
             gates = gates * self.scale
         if self.capacity_factor is not None and N:
-            C = capacity(self.capacity_factor, N, self.n_experts, self.k)
+            # minillm.functional.capacity.capacity, whose checks a tracer cannot follow
+            C = math.ceil(self.capacity_factor * self.k * N / self.n_experts - 1e-9)
         y = mixture_of_experts(rows, gates, self.w_in, self.w_down, experts, C)
         if self.n_shared:  # one expert that everybody visits, with weight 1
             y = y + mixture_of_experts(
