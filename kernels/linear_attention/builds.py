@@ -6,25 +6,32 @@ from kernels.linear_attention.config import Plan, padded, plan_for
 from kernels.linear_attention.launch import ARRIVING_ROWS, SCAN_BLOCK
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-WIDTHS = ((64, 64), (128, 128), (256, 64), (64, 128))
+WIDTHS = ((64, 64), (128, 128), (64, 128), (256, 64))
+WIDE_TARGETS = {
+    True: ("sm_90",),
+    False: ("gfx942",),
+}  # 256 features spill a little elsewhere: right, but not shipped as fast
 MULTIPROCESSORS = 132
+TARGETS = {True: ("sm_90",), False: ("sm_80", "sm_100", "gfx942")}  # with Hopper's tiles, and with the others
 ABSENT = constant(None)
 
 
 def builds(thorough: bool = False) -> list[Build]:
     """The usual widths in bf16 with the map inside, one of them in all dtypes, without it, and with awkward tensors.
 
-    ``thorough`` takes every width in every dtype, with and without the map.
+    ``thorough`` takes every width in fp16 too, with and without the map.
     """
     found = []
-    for widths in WIDTHS:
-        for dtype in ("bf16", "fp16", "fp32") if thorough or widths == (64, 64) else ("bf16",):
-            for elu in (True, False) if thorough else (True,):
-                found += products(dtype, *widths, elu)
-    if not thorough:
-        found += products("bf16", 64, 64, elu=False)
-    found += products("bf16", 64, 64, elu=True, aligned=False)
-    found += products("bf16", 64, 64, elu=True, wide=True)
+    for hopper in (True, False):
+        for widths in WIDTHS:
+            for dtype in ("bf16", "fp16") if thorough or widths == (64, 64) else ("bf16",):
+                for elu in (True, False) if thorough else (True,):
+                    found += products(dtype, *widths, elu, hopper)
+        found += products("fp32", 64, 64, True, hopper)
+        if not thorough:
+            found += products("bf16", 64, 64, False, hopper)
+        found += products("bf16", 64, 64, True, hopper, aligned=False)
+        found += products("bf16", 64, 64, True, hopper, wide=True)
     found += [scan(backwards) for backwards in (False, True)]
     found += [arriving(dtype, d_v) for dtype in ("bf16", "fp32") for d_v in (64, 256)]
     return found
@@ -45,10 +52,10 @@ def _sizes(d_phi: int, d_v: int, elu: bool, plan: Plan) -> dict[str, Argument]:
 
 
 def products(
-    dtype: str, d_phi: int, d_v: int, elu: bool, aligned: bool = True, wide: bool = False
+    dtype: str, d_phi: int, d_v: int, elu: bool, hopper: bool, aligned: bool = True, wide: bool = False
 ) -> list[Build]:
     """The kernels that multiply matrices, in a sequence of several segments and of one."""
-    plan = plan_for(64, 8192, d_phi, d_v, ITEMSIZE[dtype], MULTIPROCESSORS)
+    plan = plan_for(64, 8192, d_phi, d_v, ITEMSIZE[dtype], MULTIPROCESSORS, hopper)
     data, single = pointer(dtype, aligned), pointer("fp32", aligned)
     odd = integer(False)
     sizes = _sizes(d_phi, d_v, elu, plan)
@@ -74,12 +81,20 @@ def products(
             "Q": data, "K": data, "V": data, "DO": data, "DEN": single, "C": single, "S": single, "Z": single,
             "DQ": share, **shape, "heads": odd, **four, **sizes,
         }),
-        (kernel._dk_dv_kernel, "", {
+        (kernel._dk_kernel, "", {
             "Q": data, "K": data, "V": data, "DO": data, "DEN": single, "C": single, "R": single, "W": single,
-            "DK": share, "DV": data, "R_END": single, "W_END": single, **shape, "heads": odd, **four, **sizes,
+            "DK": share, "R_END": single, "W_END": single, **shape, "heads": odd, **four, **sizes,
+        }),
+        (kernel._dv_kernel, "", {
+            "Q": data, "K": data, "DO": data, "DEN": single, "R": single, "DV": data, **shape,
+            **_strides("q k do", aligned, wide), **sizes,
         }),
     ]  # fmt: skip
-    return [Build(function, name + config, arguments, plan.warps, None, aligned) for function, name, arguments in made]
+    targets = (WIDE_TARGETS if d_phi > 128 else TARGETS)[hopper]
+    return [
+        Build(function, name + config, arguments, plan.warps, None, aligned, targets=targets)
+        for function, name, arguments in made
+    ]
 
 
 def scan(backwards: bool) -> Build:

@@ -1,16 +1,17 @@
-"""Tiles and segments as pure functions of shape and machine: no search at run time, no GPU needed.
+r"""Tiles and segments as pure functions of shape and machine: no search at run time, no GPU needed.
 
-A program holds the state of one head in registers, at most STATE numbers of it (as many as leave room for the tiles of a
-chunk without spilling); wider values are cut into blocks of columns. A chunk of C tokens costs $C^2(d_\\phi+d_v)$ inside
-and $2Cd_\\phi d_v$ with the state, so C near the width of a head balances the two, and 64 fills Hopper's wide
-instructions. Segments exist only to fill the machine: as many as bring the programs up to PER_MULTIPROCESSOR on every
-multiprocessor, and no more, for a second segment means reading k and v once more.
+A program holds the state of one head in registers, $d_\phi$ rows and as many columns of the values as fit; wider values are
+cut into blocks of columns. A chunk of C tokens costs $C^2(d_\phi+d_v)$ inside and $2Cd_\phi d_v$ with the state, so C near
+the width of a head balances the two, and 64 fills Hopper's wide instructions. The sizes are the largest that compile
+without spilling (`python -m kernels compile linear_attention`): Hopper's products take one factor from shared memory,
+which leaves room for twice the chunk of the other targets; products of fp32 are made of plain multiply-adds and hold
+their factors in registers many times over. Segments exist only to fill the machine: as many as bring the programs up to
+PER_MULTIPROCESSOR on every multiprocessor, and no more, for a second segment means reading k and v once more.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-STATE = 16_384
 PER_MULTIPROCESSOR = 2
 WIDEST = 256
 
@@ -37,12 +38,21 @@ def padded(width: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plan_for(heads: int, L: int, d_phi: int, d_v: int, itemsize: int, multiprocessors: int) -> Plan:
+def plan_for(
+    heads: int, L: int, d_phi: int, d_v: int, itemsize: int, multiprocessors: int, hopper: bool = True
+) -> Plan:
     """The plan for ``heads`` = B H heads of L tokens."""
-    block_v = min(padded(d_v), STATE // padded(d_phi), 128)
-    chunk = 64 if itemsize == 2 else 32
+    chunk, block_v, warps = _sizes(padded(d_phi), itemsize, hopper)
+    block_v = min(block_v, padded(d_v))
     chunks = max(-(-L // chunk), 1)
     wanted = -(-multiprocessors * PER_MULTIPROCESSOR // max(heads * -(-d_v // block_v), 1))
-    per_segment = -(-chunks // min(wanted, chunks))
-    warps = 8 if padded(d_phi) * block_v > 8192 or itemsize == 4 else 4
-    return Plan(chunk, per_segment, block_v, warps)
+    return Plan(chunk, -(-chunks // min(wanted, chunks)), block_v, warps)
+
+
+def _sizes(phi: int, itemsize: int, hopper: bool) -> tuple[int, int, int]:
+    """Tokens of a chunk, columns of the values, warps."""
+    if itemsize == 4:
+        return 16, 16, 8
+    if hopper:
+        return (64, 64, 8) if phi <= 64 else (32, 64, 8) if phi == 128 else (16, 32, 8)
+    return (32, 32, 4) if phi <= 64 else (16, 32, 8) if phi == 128 else (16, 16, 8)

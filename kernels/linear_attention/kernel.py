@@ -44,11 +44,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def mapped(x, inside, ELU: tl.constexpr):
-    """The features of a tile: as they are, or ELU(x) + 1, 0 outside."""
+    """The features of a tile: as they are, or ELU(x) + 1, rounded to the dtype of x, 0 outside."""
     if ELU:
-        x = x.to(tl.float32)
-        x = tl.where(x > 0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * LOG2E))
-        return tl.where(inside, x, 0.0)
+        f = x.to(tl.float32)
+        f = tl.where(f > 0, f + 1.0, tl.exp2(tl.minimum(f, 0.0) * LOG2E))
+        return tl.where(inside, f, 0.0).to(x.dtype)
     return x
 
 
@@ -56,40 +56,36 @@ def mapped(x, inside, ELU: tl.constexpr):
 def through_map(d_phi, x, ELU: tl.constexpr):
     """A gradient of features pulled back to what they were made of."""
     if ELU:
+        x = x.to(tl.float32)
         d_phi *= tl.where(x > 0, 1.0, tl.exp2(tl.minimum(x, 0.0) * LOG2E))
     return d_phi
 
 
 @triton.jit
-def size_of(x):
-    """The largest power of two that is at most the largest magnitude of a tile; 1 for a tile of zeros."""
-    top = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    size = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(size > 0.0, size, 1.0)
+def fitted(x, DTYPE: tl.constexpr):
+    """A tile of unknown size in DTYPE, and what it has been divided by: for float16 a power of two, else 1."""
+    size = 1.0
+    if DTYPE == tl.float16:
+        top = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+        size = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        size = tl.where(size > 0.0, size, 1.0)  # a tile of zeros
+        x /= size
+    return x.to(DTYPE), size
 
 
 @triton.jit
-def product(a, b, acc, DTYPE: tl.constexpr, FIT_A: tl.constexpr, FIT_B: tl.constexpr):
-    """acc + a b with factors rounded to DTYPE; FIT says that a factor's size is unknown (float16 would overflow)."""
-    if DTYPE == tl.float16 and (FIT_A or FIT_B):
-        size = 1.0
-        if FIT_A:
-            by = size_of(a)
-            a /= by
-            size *= by
-        if FIT_B:
-            by = size_of(b)
-            b /= by
-            size *= by
-        return acc + dot(a.to(DTYPE), b.to(DTYPE), None) * size
-    return dot(a.to(DTYPE), b.to(DTYPE), acc)
+def product(a, b, acc, size):
+    """acc + size a b, where the size of float16 tiles had to be taken out (and is 1 for other dtypes)."""
+    if a.dtype == tl.float16:
+        return acc + dot(a, b, None) * size
+    return dot(a, b, acc)
 
 
 @triton.jit
-def rows_at(X, b, h, rows, cols, stride_b, stride_h, stride_row, stride_col, inside):
-    """Load rows of head h of sequence b, 0 outside."""
-    at = X + b * stride_b + h * stride_h + rows[:, None] * stride_row + cols[None, :] * stride_col
-    return tl.load(at, mask=inside, other=0.0)
+def rows_at(X, b, h, start, rows, cols, stride_b, stride_h, stride_row, stride_col, inside):
+    """Load rows of head h of sequence b from ``start`` on, 0 outside."""
+    X += b * stride_b + h * stride_h + start * stride_row
+    return tl.load(X + (rows[:, None] * stride_row + cols[None, :] * stride_col), mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["H", "L", "per_segment"])
@@ -113,13 +109,14 @@ def _sums_kernel(
     dv = block.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     total = tl.zeros((BLOCK_PHI, BLOCK_V), tl.float32)
     weights = tl.zeros((BLOCK_PHI,), tl.float32)
+    i = tl.arange(0, CHUNK).to(tl.int64)
     first = segment.to(tl.int64) * per_segment * CHUNK
     for start in tl.range(first, tl.minimum(first + per_segment * CHUNK, L), CHUNK, num_stages=STAGES):
-        rows = start + tl.arange(0, CHUNK)
+        rows = start + i
         present = rows < L
         inside = present[:, None] & (phi < D_PHI)[None, :]
-        x = rows_at(X, b, h, rows, phi, stride_x_b, stride_x_h, stride_x_row, stride_x_col, inside)
-        y = rows_at(Y, b, h, rows, dv, stride_y_b, stride_y_h, stride_y_row, stride_y_col,
+        x = rows_at(X, b, h, start, i, phi, stride_x_b, stride_x_h, stride_x_row, stride_x_col, inside)
+        y = rows_at(Y, b, h, start, i, dv, stride_y_b, stride_y_h, stride_y_row, stride_y_col,
                     present[:, None] & (dv < D_V)[None, :])  # fmt: skip
         DTYPE: tl.constexpr = x.dtype
         x = mapped(x, inside, ELU)
@@ -127,15 +124,14 @@ def _sums_kernel(
             den = tl.load(DEN + head * L + rows, mask=present, other=1.0)
             c = tl.load(C + head * L + rows, mask=present, other=0.0)
             weights += tl.sum(x.to(tl.float32) * c[:, None], axis=0)
-            total = product(tl.trans(x), y.to(tl.float32) / den[:, None], total, DTYPE, False, True)
+            y, size = fitted(y.to(tl.float32) / den[:, None], DTYPE)
+            total = product(tl.trans(x), y, total, size)
         else:
             weights += tl.sum(x.to(tl.float32), axis=0)
-            total = product(tl.trans(x), y, total, DTYPE, False, False)
+            total = product(tl.trans(x), y, total, 1.0)
     out = head * segments + segment
     in_phi = phi < D_PHI
-    tl.store(
-        SUM + (out * D_PHI + phi[:, None]) * D_V + dv[None, :], total, mask=in_phi[:, None] & (dv < D_V)[None, :]
-    )
+    tl.store(SUM + (out * D_PHI + phi[:, None]) * D_V + dv[None, :], total, mask=in_phi[:, None] & (dv < D_V)[None, :])
     if block == 0:
         tl.store(SUM_W + out * D_PHI + phi, weights, mask=in_phi)
 
@@ -194,7 +190,7 @@ def _forward_kernel(
     if S is not None:
         state += tl.load(S + at_state, mask=in_state, other=0.0)
         z += tl.load(Z + states, mask=in_phi, other=0.0)
-    i = tl.arange(0, CHUNK)
+    i = tl.arange(0, CHUNK).to(tl.int64)
     earlier = i[:, None] >= i[None, :]  # (CHUNK, CHUNK), the own token too
 
     first = segment.to(tl.int64) * per_segment * CHUNK
@@ -203,20 +199,22 @@ def _forward_kernel(
         present = rows < L
         inside = present[:, None] & in_phi[None, :]
         in_rows = present[:, None] & in_v[None, :]
-        q = rows_at(Q, b, h, rows, phi, stride_q_b, stride_q_h, stride_q_row, stride_q_col, inside)
-        k = rows_at(K, b, h, rows, phi, stride_k_b, stride_k_h, stride_k_row, stride_k_col, inside)
-        v = rows_at(V, b, h, rows, dv, stride_v_b, stride_v_h, stride_v_row, stride_v_col, in_rows)
+        q = rows_at(Q, b, h, start, i, phi, stride_q_b, stride_q_h, stride_q_row, stride_q_col, inside)
+        k = rows_at(K, b, h, start, i, phi, stride_k_b, stride_k_h, stride_k_row, stride_k_col, inside)
+        v = rows_at(V, b, h, start, i, dv, stride_v_b, stride_v_h, stride_v_row, stride_v_col, in_rows)
         DTYPE: tl.constexpr = v.dtype
         q, k = mapped(q, inside, ELU), mapped(k, inside, ELU)
-        a = tl.where(earlier, product(q, tl.trans(k), tl.zeros((CHUNK, CHUNK), tl.float32), DTYPE, False, False), 0.0)  # (CHUNK, CHUNK)
-        o = product(q, state, tl.zeros((CHUNK, BLOCK_V), tl.float32), DTYPE, False, True)
-        o = product(a, v, o, DTYPE, True, False)  # (CHUNK, BLOCK_V)
+        a = tl.where(earlier, dot(q, tl.trans(k), None), 0.0)  # (CHUNK, CHUNK)
+        before, size = fitted(state, DTYPE)
+        o = dot(q, before, None) * size
+        inner, size = fitted(a, DTYPE)
+        o = product(inner, v, o, size)  # (CHUNK, BLOCK_V)
         den = tl.sum(a, axis=1) + tl.sum(q.to(tl.float32) * z[None, :], axis=1) + eps
         o /= tl.where(present, den, 1.0)[:, None]
         if block == 0:
             tl.store(DEN + head * L + rows, den, mask=present)
         tl.store(OUT + (head * L + rows)[:, None] * D_V + dv[None, :], o.to(OUT.dtype.element_ty), mask=in_rows)
-        state = product(tl.trans(k), v, state, DTYPE, False, False)
+        state = product(tl.trans(k), v, state, 1.0)
         z += tl.sum(k.to(tl.float32), axis=0)
     if S_END is not None:
         tl.store(S_END + at_state, state, mask=in_state)
@@ -270,7 +268,7 @@ def _dq_kernel(
         at_state = states[:, None] * D_V + dv[None, :]
         state += tl.load(S + at_state, mask=in_phi[:, None] & in_v[None, :], other=0.0)
         z += tl.load(Z + states, mask=in_phi, other=0.0)
-    i = tl.arange(0, CHUNK)
+    i = tl.arange(0, CHUNK).to(tl.int64)
     earlier = i[:, None] >= i[None, :]
 
     first = segment.to(tl.int64) * per_segment * CHUNK
@@ -279,43 +277,43 @@ def _dq_kernel(
         present = rows < L
         inside = present[:, None] & in_phi[None, :]
         in_rows = present[:, None] & in_v[None, :]
-        k = rows_at(K, b, h, rows, phi, stride_k_b, stride_k_h, stride_k_row, stride_k_col, inside)
-        v = rows_at(V, b, h, rows, dv, stride_v_b, stride_v_h, stride_v_row, stride_v_col, in_rows)
-        g = rows_at(DO, b, h, rows, dv, stride_do_b, stride_do_h, stride_do_row, stride_do_col, in_rows)
+        k = rows_at(K, b, h, start, i, phi, stride_k_b, stride_k_h, stride_k_row, stride_k_col, inside)
+        v = rows_at(V, b, h, start, i, dv, stride_v_b, stride_v_h, stride_v_row, stride_v_col, in_rows)
+        g = rows_at(DO, b, h, start, i, dv, stride_do_b, stride_do_h, stride_do_row, stride_do_col, in_rows)
         DTYPE: tl.constexpr = v.dtype
         k = mapped(k, inside, ELU)
         den = tl.load(DEN + head * L + rows, mask=present, other=1.0)
-        g = g.to(tl.float32) / den[:, None]
-        da = product(g, tl.trans(v), tl.zeros((CHUNK, CHUNK), tl.float32), DTYPE, True, False)
-        dq = product(g, tl.trans(state), tl.zeros((CHUNK, BLOCK_PHI), tl.float32), DTYPE, True, True)
+        g, size = fitted(g.to(tl.float32) / den[:, None], DTYPE)
+        da = dot(g, tl.trans(v), None) * size
+        before, size_before = fitted(state, DTYPE)
+        dq = dot(g, tl.trans(before), None) * (size * size_before)
         if block == 0:
             c = tl.load(C + head * L + rows, mask=present, other=0.0)
             da += c[:, None]
             dq += c[:, None] * z[None, :]
-        dq = product(tl.where(earlier, da, 0.0), k, dq, DTYPE, True, False)  # (CHUNK, BLOCK_PHI)
+        inner, size = fitted(tl.where(earlier, da, 0.0), DTYPE)
+        dq = product(inner, k, dq, size)  # (CHUNK, BLOCK_PHI)
         if ELU:
-            dq = through_map(
-                dq, rows_at(Q, b, h, rows, phi, stride_q_b, stride_q_h, stride_q_row, stride_q_col, inside).to(tl.float32),
-                ELU,
-            )  # fmt: skip
+            q = rows_at(Q, b, h, start, i, phi, stride_q_b, stride_q_h, stride_q_row, stride_q_col, inside)
+            dq = through_map(dq, q, ELU)
         out = (block.to(tl.int64) * heads + head) * L + rows
         tl.store(DQ + out[:, None] * D_PHI + phi[None, :], dq.to(DQ.dtype.element_ty), mask=inside)
-        state = product(tl.trans(k), v, state, DTYPE, False, False)
+        state = product(tl.trans(k), v, state, 1.0)
         z += tl.sum(k.to(tl.float32), axis=0)
 
 
 @triton.jit(do_not_specialize=["H", "L", "per_segment", "heads"])
-def _dk_dv_kernel(
-    Q, K, V, DO, DEN, C, R, W, DK, DV, R_END, W_END, H, L, per_segment, heads,
+def _dk_kernel(
+    Q, K, V, DO, DEN, C, R, W, DK, R_END, W_END, H, L, per_segment, heads,
     stride_q_b, stride_q_h, stride_q_row, stride_q_col, stride_k_b, stride_k_h, stride_k_row, stride_k_col,
     stride_v_b, stride_v_h, stride_v_row, stride_v_col, stride_do_b, stride_do_h, stride_do_row, stride_do_col,
     D_PHI: tl.constexpr, D_V: tl.constexpr, ELU: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_PHI: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one segment, backwards: R_t v_t + w_t and R_t^T k_t. DK (blocks, B, H, L, D_PHI) has shares like DQ.
+    """dk of one segment, backwards: R_t v_t + w_t. DK (blocks of value columns, B, H, L, D_PHI) has shares like DQ.
 
-    R (B, H, segments, D_PHI, D_V) and W (B, H, segments, D_PHI) are what has come from behind the segment (None: nothing);
-    R_END and W_END, None with several segments, get what arrives at the beginning.
+    R (B, H, segments, D_PHI, D_V) and W (B, H, segments, D_PHI) are what has come from behind the segment (None:
+    nothing); R_END and W_END, None with several segments, get what arrives at the beginning.
     """
     segments = tl.cdiv(tl.cdiv(L, CHUNK), per_segment)
     blocks = tl.cdiv(D_V, BLOCK_V)
@@ -334,43 +332,91 @@ def _dk_dv_kernel(
     if R is not None:
         r += tl.load(R + at_state, mask=in_state, other=0.0)
         w += tl.load(W + states, mask=in_phi, other=0.0)
-    i = tl.arange(0, CHUNK)
+    i = tl.arange(0, CHUNK).to(tl.int64)
     later = i[:, None] <= i[None, :]  # (keys, queries)
 
     first = segment.to(tl.int64) * per_segment * CHUNK
     chunks = tl.cdiv(tl.minimum(per_segment * CHUNK, L - first), CHUNK)
     for step in tl.range(0, chunks, num_stages=STAGES):
-        rows = first + (chunks - 1 - step) * CHUNK + i
+        start = first + (chunks - 1 - step) * CHUNK
+        rows = start + i
         present = rows < L
         inside = present[:, None] & in_phi[None, :]
         in_rows = present[:, None] & in_v[None, :]
-        q = rows_at(Q, b, h, rows, phi, stride_q_b, stride_q_h, stride_q_row, stride_q_col, inside)
-        k_raw = rows_at(K, b, h, rows, phi, stride_k_b, stride_k_h, stride_k_row, stride_k_col, inside)
-        v = rows_at(V, b, h, rows, dv, stride_v_b, stride_v_h, stride_v_row, stride_v_col, in_rows)
-        g = rows_at(DO, b, h, rows, dv, stride_do_b, stride_do_h, stride_do_row, stride_do_col, in_rows)
+        q = rows_at(Q, b, h, start, i, phi, stride_q_b, stride_q_h, stride_q_row, stride_q_col, inside)
+        v = rows_at(V, b, h, start, i, dv, stride_v_b, stride_v_h, stride_v_row, stride_v_col, in_rows)
+        g = rows_at(DO, b, h, start, i, dv, stride_do_b, stride_do_h, stride_do_row, stride_do_col, in_rows)
         DTYPE: tl.constexpr = v.dtype
-        q, k = mapped(q, inside, ELU), mapped(k_raw, inside, ELU)
+        q = mapped(q, inside, ELU)
         den = tl.load(DEN + head * L + rows, mask=present, other=1.0)
-        g = g.to(tl.float32) / den[:, None]
-        a = tl.where(later, product(k, tl.trans(q), tl.zeros((CHUNK, CHUNK), tl.float32), DTYPE, False, False), 0.0)  # (keys, queries)
-        dv_tile = product(k, r, tl.zeros((CHUNK, BLOCK_V), tl.float32), DTYPE, False, True)
-        dv_tile = product(a, g, dv_tile, DTYPE, True, True)  # (CHUNK, BLOCK_V)
-        at_dv = DV + (head * L + rows)[:, None] * D_V + dv[None, :]
-        tl.store(at_dv, dv_tile.to(DV.dtype.element_ty), mask=in_rows)
-
-        da = product(v, tl.trans(g), tl.zeros((CHUNK, CHUNK), tl.float32), DTYPE, False, True)
-        dk = product(v, tl.trans(r), tl.zeros((CHUNK, BLOCK_PHI), tl.float32), DTYPE, False, True)
+        g, size = fitted(g.to(tl.float32) / den[:, None], DTYPE)
+        behind, size_behind = fitted(r, DTYPE)
+        da = dot(v, tl.trans(g), None) * size
+        dk = dot(v, tl.trans(behind), None) * size_behind
         c = tl.load(C + head * L + rows, mask=present, other=0.0)
         if block == 0:
             da += c[None, :]
             dk += w[None, :]
-        dk = product(tl.where(later, da, 0.0), q, dk, DTYPE, True, False)  # (CHUNK, BLOCK_PHI)
-        dk = through_map(dk, k_raw.to(tl.float32), ELU)
+        inner, size_inner = fitted(tl.where(later, da, 0.0), DTYPE)
+        dk = product(inner, q, dk, size_inner)  # (CHUNK, BLOCK_PHI)
+        if ELU:
+            k = rows_at(K, b, h, start, i, phi, stride_k_b, stride_k_h, stride_k_row, stride_k_col, inside)
+            dk = through_map(dk, k, ELU)
         out = (block.to(tl.int64) * heads + head) * L + rows
         tl.store(DK + out[:, None] * D_PHI + phi[None, :], dk.to(DK.dtype.element_ty), mask=inside)
-        r = product(tl.trans(q), g, r, DTYPE, False, True)
+        r = product(tl.trans(q), g, r, size)
         w += tl.sum(q.to(tl.float32) * c[:, None], axis=0)
     if R_END is not None:
         tl.store(R_END + at_state, r, mask=in_state)
         if block == 0:
             tl.store(W_END + states, w, mask=in_phi)
+
+
+@triton.jit(do_not_specialize=["H", "L", "per_segment"])
+def _dv_kernel(
+    Q, K, DO, DEN, R, DV, H, L, per_segment,
+    stride_q_b, stride_q_h, stride_q_row, stride_q_col, stride_k_b, stride_k_h, stride_k_row, stride_k_col,
+    stride_do_b, stride_do_h, stride_do_row, stride_do_col,
+    D_PHI: tl.constexpr, D_V: tl.constexpr, ELU: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_PHI: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dv of one segment, backwards: R_t^T k_t, with R as in the kernel before: no share is needed, columns are independent."""
+    segments = tl.cdiv(tl.cdiv(L, CHUNK), per_segment)
+    blocks = tl.cdiv(D_V, BLOCK_V)
+    block = tl.program_id(0) % blocks
+    segment = tl.program_id(0) // blocks % segments
+    head = (tl.program_id(0) // blocks // segments).to(tl.int64)
+    b, h = head // H, head % H
+    phi = tl.arange(0, BLOCK_PHI).to(tl.int64)
+    dv = block.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_phi, in_v = phi < D_PHI, dv < D_V
+    states = (head * segments + segment) * D_PHI + phi
+    at_state = states[:, None] * D_V + dv[None, :]
+    in_state = in_phi[:, None] & in_v[None, :]
+    r = tl.zeros((BLOCK_PHI, BLOCK_V), tl.float32)
+    if R is not None:
+        r += tl.load(R + at_state, mask=in_state, other=0.0)
+    i = tl.arange(0, CHUNK).to(tl.int64)
+    later = i[:, None] <= i[None, :]  # (keys, queries)
+
+    first = segment.to(tl.int64) * per_segment * CHUNK
+    chunks = tl.cdiv(tl.minimum(per_segment * CHUNK, L - first), CHUNK)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        start = first + (chunks - 1 - step) * CHUNK
+        rows = start + i
+        present = rows < L
+        inside = present[:, None] & in_phi[None, :]
+        in_rows = present[:, None] & in_v[None, :]
+        q = rows_at(Q, b, h, start, i, phi, stride_q_b, stride_q_h, stride_q_row, stride_q_col, inside)
+        k = rows_at(K, b, h, start, i, phi, stride_k_b, stride_k_h, stride_k_row, stride_k_col, inside)
+        g = rows_at(DO, b, h, start, i, dv, stride_do_b, stride_do_h, stride_do_row, stride_do_col, in_rows)
+        DTYPE: tl.constexpr = q.dtype
+        q, k = mapped(q, inside, ELU), mapped(k, inside, ELU)
+        den = tl.load(DEN + head * L + rows, mask=present, other=1.0)
+        g, size = fitted(g.to(tl.float32) / den[:, None], DTYPE)
+        behind, size_behind = fitted(r, DTYPE)
+        a, size_a = fitted(tl.where(later, dot(k, tl.trans(q), None), 0.0), DTYPE)  # (keys, queries)
+        dv_tile = product(a, g, dot(k, behind, None) * size_behind, size_a * size)  # (CHUNK, BLOCK_V)
+        at_dv = DV + (head * L + rows)[:, None] * D_V + dv[None, :]
+        tl.store(at_dv, dv_tile.to(DV.dtype.element_ty), mask=in_rows)
+        r = product(tl.trans(q), g, r, size)

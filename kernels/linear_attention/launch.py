@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import launching
-from kernels.launching import FUSED_MULTIPLY_ADD, multiprocessors, on
+from kernels.launching import FUSED_MULTIPLY_ADD, INTERPRETED, multiprocessors, on
 from kernels.linear_attention import kernel as device_code
 from kernels.linear_attention.config import Plan, padded, plan_for
 
@@ -18,10 +18,15 @@ SCAN_BLOCK = 1024
 ARRIVING_ROWS = 16
 
 
+def hopper(device: torch.device) -> bool:
+    """Whether the device has Hopper's matrix instructions. The interpreter takes its tiles, for larger ones are faster there."""
+    return INTERPRETED or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9)
+
+
 def _plan(q: Tensor, d_v: int, plan: Plan | None) -> tuple[Plan, int, int, dict[str, Any]]:
     """The plan, its segments and blocks of value columns, and what every launch is given."""
     B, H, L, d_phi = q.shape
-    plan = plan or plan_for(B * H, L, d_phi, d_v, q.element_size(), multiprocessors(q.device))
+    plan = plan or plan_for(B * H, L, d_phi, d_v, q.element_size(), multiprocessors(q.device), hopper(q.device))
     segments = -(-(-(-L // plan.chunk)) // plan.per_segment)
     common = {"num_warps": plan.warps, "num_stages": 1, **FUSED_MULTIPLY_ADD}
     sizes = {"D_PHI": d_phi, "D_V": d_v, "CHUNK": plan.chunk, "BLOCK_PHI": padded(d_phi), "BLOCK_V": plan.block_v,
@@ -128,8 +133,11 @@ def backward(
                 q, do, den, c, (d_state, d_normaliser), (first, first_z), plan, segments, blocks, sizes, elu
             )
             ends = (None, None)
-        kernel._dk_dv_kernel[(B * H * segments * blocks,)](
-            q, k, v, do, den, c, behind, behind_z, dk, dv, *ends, H, L, plan.per_segment, B * H, *strides,
+        kernel._dk_kernel[(B * H * segments * blocks,)](
+            q, k, v, do, den, c, behind, behind_z, dk, *ends, H, L, plan.per_segment, B * H, *strides, ELU=elu, **sizes
+        )
+        kernel._dv_kernel[(B * H * segments * blocks,)](
+            q, k, do, den, behind, dv, H, L, plan.per_segment, *q.stride(), *k.stride(), *do.stride(),
             ELU=elu, **sizes,
         )  # fmt: skip
     if blocks == 1:

@@ -12,7 +12,12 @@ Results = tuple[Tensor, Tensor, Tensor]
 
 
 def linear_attention(
-    phi_q: Tensor, phi_k: Tensor, v: Tensor, state: Tensor | None = None, normaliser: Tensor | None = None, eps: float = 1e-6
+    phi_q: Tensor,
+    phi_k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    normaliser: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Results:
     """phi_q, phi_k (B, H, L, d_phi), v (B, H, L, d_v), state (B, H, d_phi, d_v), normaliser (B, H, d_phi) -> o (B, H, L, d_v) and both after L."""
     return linear_attention_chunked(phi_q, phi_k, v, state, normaliser, eps=eps)
