@@ -396,6 +396,7 @@ class InPlaceLoss(torch.autograd.Function):
             value, logp, lse, entropy, watched, _ = launch.loss_and_gradient(
                 logits, targets, weight, terms, temperature, ignored
             )
+        torch.autograd.graph.increment_version(logits)  # whoever else kept the logits for a backward is told
         ctx.gradient = logits.detach()
         ctx.mark_non_differentiable(*(t for t in (logp, lse, entropy, *watched) if t is not None))
         return value.sum(), logp, lse, entropy, *watched

@@ -154,6 +154,22 @@ def test_in_place_the_logits_become_their_gradient_and_only_once():
         loss.backward()
 
 
+def test_in_place_whoever_else_kept_the_logits_is_told():
+    z = normal(3, 5).requires_grad_() * 1
+    other = op.token_logprobs(z, ids(3))[0].sum()
+    loss = op.cross_entropy(z, ids(3), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (other + loss).backward()
+
+
+def test_in_place_under_the_tracer_is_the_ordinary_loss():
+    leaf, t = normal(3, 5).requires_grad_(), ids(3)
+    compiled = torch.compile(lambda z: op.cross_entropy(z, t, inplace=True), fullgraph=True, backend="aot_eager")
+    before = leaf.detach().clone()
+    assert torch.equal(compiled(leaf), op.cross_entropy(leaf, t))
+    assert torch.equal(leaf.detach(), before)
+
+
 def test_in_place_without_a_gradient_wanted_leaves_the_logits_alone():
     z = normal(3, 5)
     before = z.clone()
@@ -198,7 +214,7 @@ def test_extra_memory_of_the_goal():
     forward, backward = traffic.extra_bytes_of_plan(8192, 4096, 128_256, 2, plan)
     assert forward < 8 << 20
     assert backward <= 256 << 20
-    assert 8192 * 128_256 * 2 > 2 << 30  # what the logits would have taken
+    assert 7 * backward < 8192 * 128_256 * 2  # what the logits would have taken
 
 
 # ---- torch.compile
@@ -227,7 +243,7 @@ def test_compiled_without_a_graph_break_it_equals_eager(linear):
             found = op.linear_policy_loss(h, w, ids(2, 3), old, a, mask, old, beta=0.1, entropy_coef=0.01)
             return found.loss + op.linear_cross_entropy(h, w, ids(2, 3), label_smoothing=0.1)
         z = op.log_softmax(h @ w.T)
-        return op.policy_loss(z, ids(2, 3), old, a, mask).loss + op.cross_entropy(z, ids(2, 3), inplace=True)
+        return op.policy_loss(z, ids(2, 3), old, a, mask).loss + op.cross_entropy(z, ids(2, 3))
 
     h = normal(2, 3, 4).requires_grad_()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
