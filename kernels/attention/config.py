@@ -14,7 +14,7 @@ The three tables were made by compiling neighbours and taking the largest tile w
 `python -m kernels bench attention --sweep` times the neighbours on a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ SHORT = {  # 16-bit elements
         Plan(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     ),
 }
-LONG = (  # fp32, on every machine
+LONG = (  # fp32; with few warps on AMD, whose warps are twice as wide, and for dQ on Ampere
     Plan(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1)),
-    Plan(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    Plan(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
     Plan(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 )
 INTERPRETER = Plan(Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1))  # so that short texts cross blocks
@@ -88,4 +88,22 @@ def plan_for(target: str, itemsize: int, d_head: int, d_v: int) -> Plan:
         return INTERPRETER
     width = max(padded(d_head), padded(d_v))
     kind = next(n for n, limit in enumerate(CLASSES) if width <= limit)
-    return LONG[kind] if itemsize == 4 else SHORT[table_of(target)][kind]
+    if itemsize == 4:
+        plan = LONG[kind]
+        if target == "gfx942":
+            return Plan(_four(plan.forward), _four(plan.keys), _four(plan.queries))
+        return replace(plan, queries=_four(plan.queries)) if table_of(target) == "sm_80" else plan
+    plan = SHORT[table_of(target)][kind]
+    ragged = padded(d_head) != d_head or padded(d_v) != d_v
+    return _narrower(plan) if ragged else plan
+
+
+def _narrower(plan: Plan) -> Plan:
+    """For widths that do not fill their tile: masks on the columns take registers, too."""
+    forward = replace(plan.forward, block_n=min(plan.forward.block_n, 64))
+    return replace(plan, forward=forward, keys=replace(plan.keys, block_m=min(plan.keys.block_m, 32)))
+
+
+def _four(tile: Tile) -> Tile:
+    """At most four warps."""
+    return replace(tile, warps=min(tile.warps, 4))

@@ -59,7 +59,8 @@ def _probabilities(s, lse, scale, cap, CAPPED: tl.constexpr):
     unit = scale * LOG2E
     if CAPPED:
         s = capped(s * scale, cap)
-        slope = 1.0 - (s / cap) * (s / cap)
+        part = s * (1.0 / cap)
+        slope = 1.0 - part * part
         unit = LOG2E
     return tl.exp2(s * unit - lse), slope
 
