@@ -1,0 +1,1 @@
+"""AdamW in one launch over all tensors of a model."""
