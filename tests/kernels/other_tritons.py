@@ -32,7 +32,7 @@ EXAMPLES = 3
 
 # What an older compiler does worse and no tile size cures, by version: the build, and why it stays. The tables
 # hold it to what it is.
-FEW = "two values on the stack (8 bytes) that 3.7 and 3.9 keep in registers; one tile size smaller costs more"
+FEW = "two values on the stack (8 bytes) that 3.7 and 3.9 keep in registers"
 KNOWN = {
     "3.6.0": {
         "_forward_kernel layer bf16 d=4096 sm_90": FEW,
