@@ -26,7 +26,8 @@ import triton
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kernels import launching, masters
+from kernels import launching
+from kernels.adamw.op import AdamW
 from kernels.transformer import Decoder
 from minillm.checks import require
 from minillm.cli import train as numpy_train
@@ -63,7 +64,8 @@ class KernelTrainer(Trainer):
         super().__init__(model, stream, config, **options)
         self.device = place_of_work(self.rank) if device is None else device
         self.network = Decoder(model.config, device=self.device, dtype=getattr(torch, precision))
-        self.masters = masters.optimizer(self._parameters(), self.optimizer)
+        s = self.optimizer
+        self.masters = AdamW(self._parameters(), s.lr, (s.betas[0], s.betas[1]), s.eps, s.weight_decay)
         self._push()
         self.whole: nn.Module = (
             self.network if self.world == 1 else DistributedDataParallel(self.network, broadcast_buffers=False)
@@ -92,10 +94,11 @@ class KernelTrainer(Trainer):
         loss = float(total)
         if not math.isfinite(loss):
             raise FloatingPointError(self._divergence(f"the loss must be finite, got {loss}"))
-        self.optimizer.lr = self.config.learning_rate(self.step + 1)
-        norm = self.masters.step(self.optimizer.lr, self.config.max_norm)
-        if not math.isfinite(norm):
-            raise FloatingPointError(self._divergence("the gradient must be finite, got NaN or infinity"))
+        self.masters.lr = self.optimizer.lr = self.config.learning_rate(self.step + 1)
+        try:
+            norm = self.masters.step(self.config.max_norm)
+        except FloatingPointError as error:
+            raise FloatingPointError(self._divergence("the gradient must be finite, got NaN or infinity")) from error
         self._stale = True
         return loss, norm
 
@@ -144,18 +147,24 @@ class KernelTrainer(Trainer):
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self.device)
 
+    @torch.no_grad()
     def _push(self) -> None:
         """Weights and moments from the NumPy side to the device."""
-        self.masters.load([p.data for p in self.model.parameters()], self.optimizer.state_dict())
+        state: dict[str, Any] = dict(self.optimizer.state_dict())
+        for i, (theirs, ours) in enumerate(zip(self.model.parameters(), self.masters.parameters)):
+            ours.copy_(torch.from_numpy(theirs.data))
+            if ours.dtype != torch.float32:
+                state[f"master.{i}"] = theirs.data
+        self.masters.load_state_dict(state)
         self._stale = False
 
     def _pull(self) -> None:
         """Weights and moments from the device to the NumPy side, where checkpoints and samples are made."""
         if self._stale:
-            weights, state = self.masters.arrays()
-            for parameter, weight in zip(self.model.parameters(), weights):
-                parameter.data[...] = weight
-            self.optimizer.load_state_dict(state)
+            for theirs, ours in zip(self.model.parameters(), self.masters.weights()):
+                theirs.data[...] = ours.cpu().numpy()
+            state = {name: tensor.cpu().numpy() for name, tensor in self.masters.state_dict().items()}
+            self.optimizer.load_state_dict({n: a for n, a in state.items() if not n.startswith("master.")})
             self._stale = False
 
 
