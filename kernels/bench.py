@@ -2,7 +2,7 @@
 
 Rules: one process, the same tensors; contenders take turns in every block, so that a change of clocks hits all;
 the second-level cache is flushed before every call (where a case asks for it, as all that memory bounds do), and the
-flush is long enough to hide the host's part of the launch; times come from GPU events; the median counts. A ratio is
+flush is long enough to hide the host's part of the launch; times come from GPU events; the median counts, of fewer calls where time runs out. A ratio is
 ours / peer: low is good. ``limit`` is the time that the compulsory bytes of the case take at the measured copy rate,
 or its operations at the measured rate of a large bf16 matrix product, whichever is longer, and ``of_limit`` the
 share of it reached.
@@ -22,11 +22,13 @@ from typing import Any
 import torch
 import triton
 
-from kernels import aot, registry
+from kernels import aot, bench_figure, registry
 
 RESULTS = Path(__file__).parent / "results"
 FLUSH_BYTES = 1 << 30
 COPY_BYTES = 1 << 30  # read, and as much written
+FLUSH_SECONDS = 5e-4  # about what emptying the cache takes
+SECONDS = 480  # for all families together
 PRODUCT = 8192  # rows and columns of the matrices whose product is the other ceiling
 
 
@@ -79,9 +81,21 @@ class GpuClock:
         torch.cuda.synchronize()
         return [start.elapsed_time(stop) * 1e-3 for start, stop in events]
 
+    def memory(self, call: Callable[[], Any]) -> float:
+        """MiB that a call needs at its peak beyond what was there before it, its results included."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        held = call()  # noqa: F841 (alive until the peak is read)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
 
 class WallClock:
     """Times calls on the host: for trying the machinery out where there is no GPU."""
+
+    def memory(self, call: Callable[[], Any]) -> None:
+        """Not known on the host."""
 
     def times(self, call: Callable[[], Any], repeats: int, flush: bool = True) -> list[float]:
         """Seconds of each of ``repeats`` calls; there is no cache to flush."""
@@ -94,12 +108,17 @@ class WallClock:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], Any]], clock: Any, blocks: int, repeats: int, flush: bool = True
-) -> dict[str, list[float]]:
-    """The median of every block for every contender; who goes first changes from block to block."""
+    contenders: Mapping[str, Callable[[], Any]], clock: Any, blocks: int, repeats: int, flush: bool = True,
+    seconds: float = float("inf"),
+) -> dict[str, list[float]]:  # fmt: skip
+    """The median of every block for every contender; who goes first changes from block to block.
+
+    Fewer repeats than asked for are made where the blocks would take longer than ``seconds``.
+    """
     names = list(contenders)
-    for call in contenders.values():
-        clock.times(call, 2)  # compilation and first touches
+    once = sum(clock.times(call, 2)[-1] for call in contenders.values())  # compilation and first touches
+    round_seconds = blocks * (once + FLUSH_SECONDS * len(names) * flush)
+    repeats = max(1, int(min(repeats, seconds / round_seconds)))
     medians: dict[str, list[float]] = {name: [] for name in names}
     for block in range(blocks):
         for name in names[block % len(names) :] + names[: block % len(names)]:
@@ -108,12 +127,13 @@ def take_turns(
 
 
 def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str,
-            blocks: int = 7, repeats: int = 9) -> list[dict[str, Any]]:  # fmt: skip
+            blocks: int = 7, repeats: int = 9, seconds: float = float("inf")) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one case: one for every peer, or a single one without a peer."""
     contenders = {**case.contenders, "copy": ceilings.copy}
     if case.flops and ceilings.product is not None:
         contenders["product"] = ceilings.product
-    medians = take_turns(contenders, clock, blocks, repeats, case.flush)
+    medians = take_turns(contenders, clock, blocks, repeats, case.flush, seconds)
+    memory = {name: clock.memory(call) for name, call in case.contenders.items()}
     ours = statistics.median(medians["ours"])
     rate = ceilings.copy_bytes / statistics.median(medians["copy"])
     flop_rate = ceilings.product_flops / statistics.median(medians["product"]) if "product" in medians else None
@@ -123,7 +143,8 @@ def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str
         row = {"family": family, "case": case.name, "dtype": case.dtype, "ours_s": ours, "peer": peer,
                "peer_s": None, "ratio": None, "limit": limit, "of_limit": limit / ours, "device": device,
                "bytes": case.bytes, "flops": case.flops, "copy_bytes_per_s": rate,
-               "product_flops_per_s": flop_rate, "peer_of_limit": None}  # fmt: skip
+               "product_flops_per_s": flop_rate, "peer_of_limit": None,
+               "ours_mib": memory["ours"], "peer_mib": memory[peer] if peer else None}  # fmt: skip
         if peer is not None:
             row["peer_s"] = statistics.median(medians[peer])
             row["ratio"] = statistics.median(a / b for a, b in zip(medians["ours"], medians[peer]))
@@ -148,12 +169,15 @@ def bench(
     wrong = {name: count for name, count in registry.load_part(family, "witness").witnesses("cuda") if count}
     if wrong:  # nothing wrong is timed
         raise WrongResults(f"{family}: wrong results on {device}, ptxas {aot.assembler_version()}: {wrong}")
-    rows = []
+    rows, deadline = [], time.monotonic() + SECONDS / len(registry.FAMILIES)
     for case in registry.load_part(family, "benchmark").cases("cuda", quick, say):
-        found = measure(family, case, clock, ceilings, device, *((3, 5) if quick else (7, 9)))
+        left = max(deadline - time.monotonic(), 0.0)
+        found = measure(family, case, clock, ceilings, device, *((3, 5) if quick else (7, 9)), seconds=left / 4)
         rows += found
         say(line(found[0]))
-    return rows, write(rows, out or RESULTS / f"{family}_{slug(device)}.json")
+    path = write(rows, out or RESULTS / f"{family}_{slug(device)}.json")
+    say(f"figure: {bench_figure.draw(rows, f'figures/kernels_{family}_{slug(device)}.png')}")
+    return rows, path
 
 
 def sweep(family: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kernels import bench
+from kernels import bench, bench_figure
 from kernels.norm import benchmark
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's tests")
@@ -21,6 +21,9 @@ class ToldClock:
         self.order.append(call)
         slowness = 1 + len(self.order) // 1000
         return [call() * slowness] * repeats
+
+    def memory(self, call):
+        return 16 * call()
 
 
 def test_contenders_take_turns_and_the_first_changes():
@@ -58,6 +61,32 @@ def test_the_longer_of_memory_and_arithmetic_is_the_limit():
     case = bench.Case("c", "bfloat16", bytes=1000, contenders={"ours": lambda: 6.0}, flops=600, flush=False)
     (row,) = bench.measure("norm", case, ToldClock(), ceilings, "d")
     assert (row["limit"], row["of_limit"], row["product_flops_per_s"]) == (3.0, 0.5, 200.0)
+
+
+def test_fewer_repeats_where_time_runs_out():
+    clock = ToldClock()
+    asked = []
+    clock.times = lambda call, repeats, flush=True: asked.append(repeats) or [call()] * repeats
+    bench.take_turns({"a": lambda: 1.0, "b": lambda: 2.0}, clock, blocks=3, repeats=9, flush=False, seconds=36.0)
+    assert asked == [2, 2] + [4] * 6  # three blocks of 3 s four times are 36 s
+    bench.take_turns({"a": lambda: 1.0}, clock, blocks=3, repeats=9, seconds=0.0)
+    assert asked[-3:] == [1] * 3
+
+
+def test_the_picture_shows_every_case_and_contender(tmp_path, monkeypatch):
+    ceilings = bench.Ceilings(lambda: 10.0, 10_000, lambda: 5.0, 1_000)
+    case = bench.Case("c", "bfloat16", bytes=1000, contenders={"ours": lambda: 6.0, "torch": lambda: 9.0}, flops=600)
+    plain = bench.Case("d", "float32", bytes=1000, contenders={"ours": lambda: 2.0})
+    rows = [row for one in (case, plain) for row in bench.measure("norm", one, ToldClock(), ceilings, "d")]
+    assert [(row["ours_mib"], row["peer_mib"]) for row in rows] == [(96.0, 144.0), (32.0, None)]
+    drawn = {}
+    monkeypatch.setattr(bench_figure, "save", lambda figure, path: drawn.update(axes=figure.axes) or path)
+    assert bench_figure.draw(rows, str(tmp_path / "f.png")).endswith("f.png")
+    roof, share, memory = drawn["axes"]
+    assert [label.get_text() for label in share.get_yticklabels()] == ["d float32", "c bfloat16"]
+    assert sorted(line.get_xdata()[0] for line in share.lines[:-1]) == pytest.approx([1 / 3, 0.5, 0.5])
+    assert sorted(line.get_xdata()[0] for line in memory.lines) == [32.0, 96.0, 144.0]
+    assert len(roof.lines) == 4
 
 
 def test_results_are_written_with_what_made_them(tmp_path):
