@@ -29,7 +29,7 @@ FLOORS = {
 CORE = {"numpy", "scipy", "safetensors", "jaxtyping", "tqdm", "matplotlib", "threadpoolctl"}
 TORCH_ALLOWED = {"minillm.cli.benchmark.torch_peer", "minillm.training.distributed"}
 MAY_IMPORT_LATE = {"kernels.__main__"}  # Triton reads the choice of its interpreter when it is first imported
-FAMILY_MAY_IMPORT = {"checks", "autograd", "functional", "fused"}  # of minillm, in kernels/<family>/
+FAMILY_MAY_IMPORT = {"checks", "autograd", "functional", "optim", "fused"}  # of minillm, in kernels/<family>/
 
 
 class Import(NamedTuple):
