@@ -65,7 +65,7 @@ def through_map(d_phi, x, ELU: tl.constexpr):
 def fitted(x, DTYPE: tl.constexpr):
     """A tile of unknown size in DTYPE, and what it has been divided by: for float16 a power of two, else 1."""
     size = 1.0
-    if DTYPE == tl.float16:
+    if DTYPE == tl.float16:  # noqa: SIM300
         top = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
         size = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         size = tl.where(size > 0.0, size, 1.0)  # a tile of zeros
@@ -149,7 +149,7 @@ def _scan_kernel(STATES, START, END, segments, n, BACKWARDS: tl.constexpr, BLOCK
     state = tl.zeros((BLOCK,), tl.float32)
     if START is not None:
         state += tl.load(START + head * n + i, mask=inside, other=0.0)
-    for step in range(0, segments):
+    for step in range(segments):
         segment = step
         if BACKWARDS:
             segment = segments - 1 - step

@@ -27,7 +27,8 @@ def _plan(q: Tensor, d_v: int, plan: Plan | None) -> tuple[Plan, int, int, dict[
     """The plan, its segments and blocks of value columns, and what every launch is given."""
     B, H, L, d_phi = q.shape
     plan = plan or plan_for(B * H, L, d_phi, d_v, q.element_size(), multiprocessors(q.device), hopper(q.device))
-    segments = -(-(-(-L // plan.chunk)) // plan.per_segment)
+    chunks = -(-L // plan.chunk)
+    segments = -(-chunks // plan.per_segment)
     common = {"num_warps": plan.warps, "num_stages": 1, **FUSED_MULTIPLY_ADD}
     sizes = {"D_PHI": d_phi, "D_V": d_v, "CHUNK": plan.chunk, "BLOCK_PHI": padded(d_phi), "BLOCK_V": plan.block_v,
              "STAGES": plan.stages, **common}  # fmt: skip

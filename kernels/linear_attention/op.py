@@ -62,7 +62,7 @@ def _check(
         require(other.dtype == q.dtype, where, name, f"of the queries' dtype {q.dtype}", other, error=TypeError)
     B, H, _, d_phi = q.shape
     d_v = v.shape[3]
-    within = 0 < d_phi <= WIDEST and 0 < d_v
+    within = 0 < d_phi <= WIDEST and d_v > 0
     require(within, where, "the widths", f"positive, d_phi at most {WIDEST}", (d_phi, d_v))
     require((state is None) == (normaliser is None), where, "state and normaliser", "given together", "one of them")
     require(eps >= 0, where, "eps", "a number of at least 0", eps)

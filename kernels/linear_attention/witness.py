@@ -72,11 +72,11 @@ def wrong(
     def put(t: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
         return t.detach().to(torch.float32).to(kind).to(device)
 
-    operands = [put(t, dtype) for t in (q, k, v)]
-    given = [put(t, torch.float32) for t in (state, z)] if continued else [None, None]
-    found = launch.forward(*operands, *given, 0.0, False, plan)
+    given = (put(state, torch.float32), put(z, torch.float32)) if continued else (None, None)
+    q, k, v = put(q, dtype), put(k, dtype), put(v, dtype)
+    found = launch.forward(q, k, v, *given, 0.0, False, plan)
     arriving = put(do, dtype), put(ds, torch.float32), put(dz, torch.float32)
-    pulled = launch.backward(*arriving, *operands, found[0], *found[3:], False, plan)
+    pulled = launch.backward(*arriving, q, k, v, found[0], *found[3:], False, plan)
     kinds = (dtype, torch.float32, torch.float32, dtype, dtype, dtype, torch.float32, torch.float32)
     pairs = zip((*found[:3], *pulled), (o, last, last_z, *gradients), kinds, strict=True)
     return sum(mismatches(x + 0.0, put(truth, kind) + 0.0) for x, truth, kind in pairs)
