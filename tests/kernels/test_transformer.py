@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import train
+from kernels import curves, train
 from kernels.__main__ import main
 from kernels.tolerance import Scale, expect, judge
 from kernels.transformer import Decoder
@@ -198,8 +198,24 @@ def test_two_processes_train_as_one_does(tmp_path):
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    curves = []
+    found = []
     for folder in ("one", "two"):
         lines = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
-        curves.append([value for line in lines for key, value in line.items() if key != "seconds"])
-    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+        found.append([value for line in lines for key, value in line.items() if key != "seconds"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_curves_of_two_engines_are_drawn_and_without_a_gpu_nothing_is_measured(tmp_path, capsys):
+    assert curves.main([]) == 0
+    assert "not measured" in capsys.readouterr().err
+    runs = []
+    for name, kind in (("numpy", Trainer), ("kernels", train.KernelTrainer)):
+        run = trainer(kind, tmp_path / name, steps=2, checkpoint_every=0)
+        run.run()
+        runs.append(str(tmp_path / name))
+    assert curves.main(["--runs", *runs, "--figure", str(tmp_path / "curves.png")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["largest_difference"] < 1e-4
+    assert found["engines"][0] == "minillm on NumPy"
+    assert "kernels on interpreter" in found["engines"][1]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
