@@ -53,7 +53,7 @@ def require_positive(value: Any, where: str, what: str, *, integer: bool = False
     """Raise unless ``value`` is a positive number (an integer if asked; zero allowed if asked)."""
     kind = "integer" if integer else "number"
     wanted = f"a {'non-negative' if zero_ok else 'positive'} {kind}"
-    is_number = isinstance(value, int | float) or hasattr(value, "__float__")
+    is_number = isinstance(value, int | float) or (hasattr(value, "__float__") and not getattr(value, "ndim", 0))
     fits = is_number and not isinstance(value, bool) and value == value and (value > 0 or (zero_ok and value == 0))
     if integer:
         fits = fits and int(value) == value

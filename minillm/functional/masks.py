@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minillm.checks import require, require_positive
+from minillm.checks import message, require, require_positive
 
 
 def causal_mask(L_q: int, L_k: int | None = None) -> Bool[np.ndarray, "L_q L_k"]:
@@ -19,10 +19,13 @@ def causal_mask(L_q: int, L_k: int | None = None) -> Bool[np.ndarray, "L_q L_k"]
     Equation: `mask-causal` keep $j\le i$
     Shapes: -> (L_q, L_k), true where attention is allowed; with more keys than queries, the last query is aligned
         with the last key, as when the first L_k - L_q keys come from a cache.
+    Raises: ValueError for lengths that are negative or no integers.
     Source: bridging §1.1; notes §8.4.
     Differs: the diagonal is kept, though notes call the mask strict (erratum 30).
     """
     L_k = L_q if L_k is None else L_k
+    for name, length in (("L_q", L_q), ("L_k", L_k)):
+        require_positive(length, "causal_mask", name, integer=True, zero_ok=True)
     return np.tril(np.ones((L_q, L_k), dtype=bool), k=L_k - L_q)
 
 
@@ -124,7 +127,9 @@ def combine_masks(*keeps: Bool[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
         return reduce(np.logical_and, keeps)
     except ValueError:
         shapes = " and ".join(str(np.shape(keep)) for keep in keeps)
-        raise ValueError(f"combine_masks: the masks must broadcast to each other, got {shapes}.") from None
+        raise ValueError(
+            message("combine_masks", "the masks", "of shapes that broadcast to each other", shapes)
+        ) from None
 
 
 def additive_mask(keep: Bool[np.ndarray, "..."], dtype: Any = np.float32) -> Float[np.ndarray, "..."]:

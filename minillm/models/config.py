@@ -13,6 +13,7 @@ from minillm.functional.feed_forward import GATES
 from minillm.functional.positions import PAIRINGS
 from minillm.functional.rope_scaling import RopeScaling
 from minillm.functional.routing import check_groups
+from minillm.nn.experts import ROUTERS
 from minillm.nn.ffn import KINDS as FEED_FORWARDS
 from minillm.nn.layers import INIT_STD
 from minillm.nn.norms import KINDS as NORMS
@@ -155,6 +156,9 @@ class Config:
             wanted = "'sequential' for an encoder-decoder"
             require(self.architecture != "encoder-decoder", "Config", "the layout", wanted, self.layout)
         if self.ffn == "experts":
+            require_one_of(self.router, ROUTERS, "Config", "router")
+            if self.capacity_factor is not None:
+                require_positive(self.capacity_factor, "Config", "capacity_factor")
             require_positive(self.n_experts, "Config", "n_experts", integer=True)
             require_positive(self.experts_per_token, "Config", "experts_per_token", integer=True)
             fits = self.experts_per_token <= self.n_experts

@@ -3,6 +3,8 @@ r"""Causal self-attention with grouped keys and values, rotary positions and a c
 import numpy as np
 
 from minillm.autograd import Tensor
+from minillm.checks import require, require_one_of, require_positive
+from minillm.functional.positions import PAIRINGS
 from minillm.fused.attention import cached_attention, rotary_attention
 from minillm.fused.linear import linear
 from minillm.nn.cache import KVCache
@@ -17,6 +19,7 @@ class CausalSelfAttention(Module):
     Equation: `gqa` $g(h)=\lfloor hH_{kv}/H\rfloor$
     Equation: `qkv-projection` $\mathbf Q,\mathbf K,\mathbf V=\mathbf X\mathbf W_q,\mathbf X\mathbf W_k,\mathbf X\mathbf W_v$, one joint map
     Shapes: (B, L, d_model) -> (B, L, d_model)
+    Raises: ValueError for heads that do not divide, heads of an odd width, or an unknown pairing.
     Source: bridging §1.2; notes §4.1, §4.4.
     """
 
@@ -31,6 +34,14 @@ class CausalSelfAttention(Module):
         std_out: float = INIT_STD,
         scale: float | None = None,
     ):
+        where = "CausalSelfAttention"
+        for name, value in {"d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads}.items():
+            require_positive(value, where, name, integer=True)
+        fits = d_model % (2 * n_heads) == 0
+        wanted = "an even integer (rotary positions turn pairs)"
+        require(fits, where, "d_model / n_heads", wanted, f"{d_model} / {n_heads}")
+        require(n_heads % n_kv_heads == 0, where, "n_kv_heads", f"a divisor of n_heads = {n_heads}", n_kv_heads)
+        require_one_of(pairing, PAIRINGS, where, "pairing")
         self.n_heads, self.n_kv_heads, self.pairing, self.scale = n_heads, n_kv_heads, pairing, scale
         d_head = d_model // n_heads
         self.w_qkv = parameter(rng.normal(0.0, std, size=((n_heads + 2 * n_kv_heads) * d_head, d_model)))
