@@ -26,14 +26,20 @@ EXPERTS = 128
 
 
 def builds(thorough: bool = False) -> list[Build]:
-    """Router and packing at 128 experts (8 and 512 as well if thorough), products in bf16 and fp32, tall and short tiles."""
+    """Router and packing at 128 experts, products in bf16 with tall and short tiles, and in fp32.
+
+    ``thorough`` adds 8 and 512 experts, fp16, and fp32 on every target.
+    """
     found = []
     for n_experts in (8, 128, 512) if thorough else (128,):
         found += routing("bf16", n_experts) + packing(n_experts)
     for target in TARGETS:
-        for dtype in ("bf16", "fp16", "fp32") if thorough else ("bf16", "fp32"):
-            found += products(dtype, MANY, target)
-        found += products("bf16", FEW, target)
+        found += products("bf16", MANY, target)
+        found += [build for build in products("bf16", FEW, target) if build.kernel != "_weight_gradient_kernel"]
+        if thorough:
+            found += products("fp16", MANY, target)
+        if thorough or target == "sm_90":
+            found += products("fp32", MANY, target)
     return found + combining("bf16") + combining("fp32")
 
 

@@ -272,6 +272,7 @@ print("far and near agree")
 """
 
 
+@pytest.mark.slow  # the interpreter goes over four gigabytes of nothing in every launch
 def test_offsets_beyond_int32(tmp_path):
     """Tokens and experts' matrices 2^30 elements apart: a 32-bit product would wrap and read elsewhere."""
     done = subprocess.run(
