@@ -128,19 +128,32 @@ def slow_in_dot_loops(ttir: str) -> list[str]:
     """Logarithms, roots and divisions of whole tiles in the innermost loops that hold matrix products.
 
     A division belongs to an exponential that is there to make a sigmoid or a hyperbolic tangent (a soft cap):
-    every exponential of a tile beyond the first takes one along. Dividing what was just loaded (gradients by the
-    denominators of their rows) is one pass over the input and not over the products.
+    every exponential of a tile beyond the first takes one along. Three divisions are one pass over something else
+    than the products and are let through: of what was just loaded, of what is stored in the same round, and of a
+    whole tile by one number.
     """
     busy = {dot.loop for dot in dots(ttir)} - {0}
+    casts = ("arith.extf", "arith.truncf", "arith.select")
     loaded: set[str] = set()
+    single: set[str] = set()
     for o in operations(ttir):
-        if o.name in ("tt.load", "tt.descriptor_load") or (
-            o.name in ("arith.extf", "arith.truncf", "arith.select") and loaded.intersection(o.operands)
-        ):
+        if o.name in ("tt.load", "tt.descriptor_load") or (o.name in casts and loaded.intersection(o.operands)):
             loaded.update(o.results)
+        if o.name == "tt.splat":
+            single.update(o.results)
+    stored: set[str] = set()
+    for o in reversed(operations(ttir)):
+        if o.name in ("tt.store", "tt.descriptor_store") or (o.name in casts and stored.intersection(o.results)):
+            stored.update(o.operands)
     inside = [o for o in operations(ttir) if o.loop in busy and len(o.shape) > 1]
     names = [o.name for o in inside]
-    divisions = sum(o.name == "arith.divf" and o.operands[0] not in loaded for o in inside)
+    divisions = sum(
+        o.name == "arith.divf"
+        and o.operands[0] not in loaded
+        and o.operands[1] not in single
+        and not stored.intersection(o.results)
+        for o in inside
+    )
     free = max(sum(name in ("math.exp", "math.exp2") for name in names) - 1, 0)
     slow = [name for name in names if name in ("math.log", "math.log2", "math.sqrt")]
     return slow + ["arith.divf"] * max(divisions - free, 0)

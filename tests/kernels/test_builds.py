@@ -54,7 +54,8 @@ def worse_than_the_table(family, rows):
 def wrong_widths(rows):
     """16 bytes at a time only where alignment is promised. The gate says so too; here by the configuration's words."""
     loose = [row for row in rows if "unaligned" in row["config"]]
-    wide = [f"{name(row)}: wide accesses" for row in loose if 128 in row["load_bits"] + row["store_bits"]]
+    nvidia = [row for row in loose if not row["target"].startswith("gfx")]  # AMD's wide loads take any address
+    wide = [f"{name(row)}: wide accesses" for row in nvidia if 128 in row["load_bits"] + row["store_bits"]]
     return wide if loose else ["there is no build without alignment"]
 
 

@@ -144,6 +144,14 @@ def test_a_division_may_belong_to_a_second_exponential():
     soft_cap = "      %t = arith.divf %s, %s : tensor<64x16xf32>\n      %e = math.exp2"
     assert ir.slow_in_dot_loops(LOOP.replace("      %e = math.exp2", soft_cap)) == ["arith.divf"]
     assert ir.slow_in_dot_loops(LOOP.replace("      %e = math.exp2", soft_cap.replace("divf %s", "divf %k"))) == []
+    spread = soft_cap.replace("%s, %s", "%s, %one").replace(
+        "      %t", "      %one = tt.splat %c1 : f32 -> tensor<64x16xf32>\n      %t"
+    )
+    assert ir.slow_in_dot_loops(LOOP.replace("      %e = math.exp2", spread)) == []
+    written = soft_cap.replace(
+        "tensor<64x16xf32>\n", "tensor<64x16xf32>\n      tt.store %p, %t : tensor<64x16x!tt.ptr<f32>>\n"
+    )
+    assert ir.slow_in_dot_loops(LOOP.replace("      %e = math.exp2", written)) == []
     second = soft_cap.replace("%e =", "%f = math.exp2 %s : tensor<64x16xf32>\n      %e =")
     assert ir.slow_in_dot_loops(LOOP.replace("      %e = math.exp2", second)) == []
 
