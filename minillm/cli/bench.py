@@ -66,19 +66,19 @@ def measure_case(family: Family, name: str, rounds: int, threads: int, with_torc
         check_answers(f"{family.name} {name}", {side: turns[side][-1]["value"] for side in turns if side != "floor"})
     seconds = {side: [turn["seconds"] for turn in turns[side]] for side in sides}
     median = {side: statistics.median(times) for side, times in seconds.items()}
-    ratios = [ours / peer for ours, peer in zip(seconds["ours"], seconds.get("torch", []), strict=False)]
+    ratios = [ours / peer for ours, peer in zip(seconds["ours"], seconds.get(family.peer_side, []), strict=False)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [None, None, None]
     return {
         "case": f"{family.name} {name}",
         "ours_s": median["ours"],
         "peer": family.peer if ratios else None,
-        "peer_s": median.get("torch"),
+        "peer_s": median.get(family.peer_side),
         "ratio": statistics.median(ratios) if ratios else None,
         "spread": [quartiles[0], quartiles[2]],
         "floor_s": median.get("floor"),
         "of_floor": median["ours"] / median["floor"] if "floor" in median else None,
         "ours_mib": turns["ours"][-1]["step_mib"],
-        "peer_mib": turns["torch"][-1]["step_mib"] if ratios else None,
+        "peer_mib": turns[family.peer_side][-1]["step_mib"] if ratios else None,
         "runs": rounds,
         "threads": threads,
         **family.columns(case, median),

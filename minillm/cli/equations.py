@@ -40,9 +40,20 @@ def show_sections(rows: list[IndexRow]) -> None:
     print("One id in full: minillm equations ID. What is missing: minillm equations --missing --section N.")
 
 
+#: Names that stand for two things in the documents, and what each of them is called here.
+TWO_MEANINGS = {
+    "mla": "the name means two things: `perceiver-latent-attention`, where a few learnt queries read a long text, and "
+    "`mla-deepseek`, where keys and values are made from one narrow latent a token, for a narrow cache",
+    "dca": "the name means two things: `dca-dual-chunk`, of positions within and between chunks, and "
+    "`dca-dual-cross-attention`, of channels and of places",
+}
+
+
 def select(rows: list[IndexRow], args: argparse.Namespace) -> list[IndexRow]:
     """The rows that the arguments ask for."""
     if args.id is not None:
+        if args.id in TWO_MEANINGS:
+            raise ValueError(f"no equation '{args.id}': {TWO_MEANINGS[args.id]}.")
         chosen = [row for row in rows if row.id == args.id]
         if not chosen:
             close = difflib.get_close_matches(args.id, [row.id for row in rows], n=4, cutoff=0.5)

@@ -106,6 +106,8 @@ class Config:
             object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
+        wanted = "'latent' for DeepSeek's (a narrow cache); for Perceiver's few queries use `LatentTransformer`"
+        require(self.attention != "mla", "Config", "attention", wanted, "'mla', which means both")
         for name, allowed in {
             "rope_pairing": PAIRINGS,
             "architecture": ARCHITECTURES,

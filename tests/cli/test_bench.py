@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from minillm.autograd import grad
+from minillm.cli import main
 from minillm.cli.bench import check_answers, chosen_cases
-from minillm.cli.benchmark import attention, smollm2
+from minillm.cli.benchmark import attention, smollm2, threads
 from minillm.cli.benchmark.cases import Case
 from minillm.cli.benchmark.torch_peer import build_decoder
 from minillm.decoding import generate
@@ -122,3 +123,23 @@ def test_sides_that_did_not_do_the_same_are_not_compared():
     check_answers("a case", {"ours": 3.0, "torch": 3.0})
     with pytest.raises(RuntimeError, match=r"a case: ours and torch must give the same, got 3\.0 and 4\.0"):
         check_answers("a case", {"ours": 3.0, "torch": 4.0})
+
+
+@pytest.mark.equation("false-sharing-padding", "parallel-heads")
+@pytest.mark.parametrize("name", threads.CASES)
+def test_both_sides_of_work_in_threads_give_the_same(name, monkeypatch):
+    monkeypatch.setattr(threads, "ROWS", 500)
+    with threads.ours(threads.CASES[name], 2) as ours, threads.plain(threads.CASES[name], 2) as plain:
+        first, other = ours(), plain()
+    assert first == other != 0
+
+
+@pytest.mark.parametrize(("id_", "parts"), [
+    ("mla", ("perceiver-latent-attention", "mla-deepseek")),
+    ("dca", ("dca-dual-chunk", "dca-dual-cross-attention")),
+])  # fmt: skip
+def test_an_id_with_two_meanings_names_both(id_, parts, capsys):
+    assert main(["equations", id_]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and all(part in err for part in parts)
+    assert all(main(["equations", part]) == 0 for part in parts)

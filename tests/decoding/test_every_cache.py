@@ -181,5 +181,5 @@ def test_the_general_transformer_decodes_with_the_cache_of_its_kind(choice):
 
 @pytest.mark.equation("mla-deepseek")
 def test_mla_alone_is_refused_because_it_means_two_things():
-    with pytest.raises(ValueError, match="attention must be one of"):
+    with pytest.raises(ValueError, match=r"attention must be 'latent' for DeepSeek.*, got 'mla', which means both"):
         Config(V, attention="mla")

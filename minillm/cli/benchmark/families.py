@@ -37,6 +37,7 @@ class Family:
     cases: Mapping[str, Any]
     sides: Mapping[str, MakeStep]
     peer: str = "torch eager"
+    peer_side: str = "torch"  # which of the sides that is
     columns: Callable[[Any, dict[str, float]], dict[str, Any]] = field(default=lambda case, median: {})  # more of a row
     same_answer: bool = False  # whether a step of the peer must return what ours does, to the last digit
     missing: Callable[[], str | None] = field(default=lambda: None)  # what this family needs and does not find here
