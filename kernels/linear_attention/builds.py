@@ -7,12 +7,9 @@ from kernels.linear_attention.launch import ARRIVING_ROWS, SCAN_BLOCK
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 WIDTHS = ((64, 64), (128, 128), (64, 128), (256, 64))
-WIDE_TARGETS = {
-    True: ("sm_90",),
-    False: ("gfx942",),
-}  # 256 features spill a little elsewhere: right, but not shipped as fast
 MULTIPROCESSORS = 132
-TARGETS = {True: ("sm_90",), False: ("sm_80", "sm_100", "gfx942")}  # with Hopper's tiles, and with the others
+TARGETS = {"hopper": ("sm_90",), "blackwell": ("sm_100",), "other": ("sm_80", "gfx942")}
+WIDE_TARGETS = {**TARGETS, "other": ("gfx942",)}  # 256 features spill 64 bytes on sm_80: right there, but not fast
 ABSENT = constant(None)
 
 
@@ -22,16 +19,16 @@ def builds(thorough: bool = False) -> list[Build]:
     ``thorough`` takes every width in fp16 too, with and without the map.
     """
     found = []
-    for hopper in (True, False):
+    for machine in TARGETS:
         for widths in WIDTHS:
             for dtype in ("bf16", "fp16") if thorough or widths == (64, 64) else ("bf16",):
                 for elu in (True, False) if thorough else (True,):
-                    found += products(dtype, *widths, elu, hopper)
-        found += products("fp32", 64, 64, True, hopper)
+                    found += products(dtype, *widths, elu, machine)
+        found += products("fp32", 64, 64, True, machine)
         if not thorough:
-            found += products("bf16", 64, 64, False, hopper)
-        found += products("bf16", 64, 64, True, hopper, aligned=False)
-        found += products("bf16", 64, 64, True, hopper, wide=True)
+            found += products("bf16", 64, 64, False, machine)
+        found += products("bf16", 64, 64, True, machine, aligned=False)
+        found += products("bf16", 64, 64, True, machine, wide=True)
     found += [scan(backwards) for backwards in (False, True)]
     found += [arriving(dtype, d_v) for dtype in ("bf16", "fp32") for d_v in (64, 256)]
     return found
@@ -52,10 +49,10 @@ def _sizes(d_phi: int, d_v: int, elu: bool, plan: Plan) -> dict[str, Argument]:
 
 
 def products(
-    dtype: str, d_phi: int, d_v: int, elu: bool, hopper: bool, aligned: bool = True, wide: bool = False
+    dtype: str, d_phi: int, d_v: int, elu: bool, machine: str, aligned: bool = True, wide: bool = False
 ) -> list[Build]:
     """The kernels that multiply matrices, in a sequence of several segments and of one."""
-    plan = plan_for(64, 8192, d_phi, d_v, ITEMSIZE[dtype], MULTIPROCESSORS, hopper)
+    plan = plan_for(64, 8192, d_phi, d_v, ITEMSIZE[dtype], MULTIPROCESSORS, machine)
     data, single = pointer(dtype, aligned), pointer("fp32", aligned)
     odd = integer(False)
     sizes = _sizes(d_phi, d_v, elu, plan)
@@ -90,7 +87,7 @@ def products(
             **_strides("q k do", aligned, wide), **sizes,
         }),
     ]  # fmt: skip
-    targets = (WIDE_TARGETS if d_phi > 128 else TARGETS)[hopper]
+    targets = (WIDE_TARGETS if d_phi > 128 else TARGETS)[machine]
     return [
         Build(function, name + config, arguments, plan.warps, None, aligned, targets=targets)
         for function, name, arguments in made

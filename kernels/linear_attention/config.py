@@ -39,20 +39,22 @@ def padded(width: int) -> int:
 
 @lru_cache(maxsize=4096)
 def plan_for(
-    heads: int, L: int, d_phi: int, d_v: int, itemsize: int, multiprocessors: int, hopper: bool = True
+    heads: int, L: int, d_phi: int, d_v: int, itemsize: int, multiprocessors: int, machine: str = "hopper"
 ) -> Plan:
-    """The plan for ``heads`` = B H heads of L tokens."""
-    chunk, block_v, warps = _sizes(padded(d_phi), itemsize, hopper)
+    """The plan for ``heads`` = B H heads of L tokens, on a ``machine`` that is hopper, blackwell or other."""
+    chunk, block_v, warps = _sizes(padded(d_phi), itemsize, machine)
     block_v = min(block_v, padded(d_v))
     chunks = max(-(-L // chunk), 1)
     wanted = -(-multiprocessors * PER_MULTIPROCESSOR // max(heads * -(-d_v // block_v), 1))
     return Plan(chunk, -(-chunks // min(wanted, chunks)), block_v, warps)
 
 
-def _sizes(phi: int, itemsize: int, hopper: bool) -> tuple[int, int, int]:
+def _sizes(phi: int, itemsize: int, machine: str) -> tuple[int, int, int]:
     """Tokens of a chunk, columns of the values, warps."""
     if itemsize == 4:
         return 16, 16, 8
-    if hopper:
-        return (64, 64, 8) if phi <= 64 else (32, 64, 8) if phi == 128 else (16, 32, 8)
-    return (32, 32, 4) if phi <= 64 else (16, 32, 8) if phi == 128 else (16, 16, 8)
+    if machine == "other":
+        return (32, 32, 4) if phi <= 64 else (16, 32, 8) if phi == 128 else (16, 16, 8)
+    if phi <= 64:
+        return 64, 64, 8 if machine == "hopper" else 4
+    return (32, 64, 8) if phi == 128 else (16, 32, 8)

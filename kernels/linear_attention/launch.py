@@ -18,15 +18,18 @@ SCAN_BLOCK = 1024
 ARRIVING_ROWS = 16
 
 
-def hopper(device: torch.device) -> bool:
-    """Whether the device has Hopper's matrix instructions. The interpreter takes its tiles, for larger ones are faster there."""
-    return INTERPRETED or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9)
+def machine_of(device: torch.device) -> str:
+    """Whose matrix instructions the device has. The interpreter takes Hopper's tiles: larger ones are faster there."""
+    if INTERPRETED:
+        return "hopper"
+    generation = 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
+    return {9: "hopper", 10: "blackwell"}.get(generation, "other")
 
 
 def _plan(q: Tensor, d_v: int, plan: Plan | None) -> tuple[Plan, int, int, dict[str, Any]]:
     """The plan, its segments and blocks of value columns, and what every launch is given."""
     B, H, L, d_phi = q.shape
-    plan = plan or plan_for(B * H, L, d_phi, d_v, q.element_size(), multiprocessors(q.device), hopper(q.device))
+    plan = plan or plan_for(B * H, L, d_phi, d_v, q.element_size(), multiprocessors(q.device), machine_of(q.device))
     chunks = -(-L // plan.chunk)
     segments = -(-chunks // plan.per_segment)
     common = {"num_warps": plan.warps, "num_stages": 1, **FUSED_MULTIPLY_ADD}
