@@ -1,6 +1,9 @@
 """What is timed for the experts: products, the layer, and everything around the products, beside their peers."""
 
-from collections.abc import Callable, Iterator
+# What a star unpacks may be of any length to a type checker: it does not count arguments behind one.
+# pyright: reportCallIssue=false
+
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,7 +34,7 @@ def _logits(device: str, N: int, E: int, skew: bool) -> Tensor:
 
 
 def _grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    return torch._grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])
+    return torch._grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])  # type: ignore[reportPrivateImportUsage]
 
 
 def _loop(x: Tensor, w: Tensor, bounds: list[int]) -> Tensor:
@@ -64,7 +67,7 @@ def _liger() -> Callable[..., Tensor] | None:
 
 
 def _agreeing(
-    ours: Callable[[], Any], peers: dict[str, Callable[[], Any] | None], say: Callable[[str], None], name: str
+    ours: Callable[[], Any], peers: Mapping[str, Callable[[], Any] | None], say: Callable[[str], None], name: str
 ) -> dict[str, Callable[[], Any]]:
     """The peers that run here and compute the same thing; nothing else is timed beside ours."""
     found = {}

@@ -1,5 +1,8 @@
 """The family's functions with sizes of a launch that somebody else chose: for the property that any launch is right."""
 
+# What a star unpacks may be of any length to a type checker: it does not count arguments behind one.
+# pyright: reportCallIssue=false
+
 from collections.abc import Callable
 from typing import Any
 

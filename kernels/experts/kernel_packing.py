@@ -17,6 +17,9 @@ a product has to search for its expert, and the host need not know the loads: it
 needed, ceil(A / BLOCK_M) + E, and those without a tile return at once.
 """
 
+# Triton's functions are typed by their stand-ins, some of which never return.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 

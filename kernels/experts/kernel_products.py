@@ -22,6 +22,9 @@ Rounding: products are accumulated in fp32. H, A, U and what is handed to the ne
 stored; the gate's gradient is added up in fp32, a row of U and A at a time.
 """
 
+# Triton's functions are typed by their stand-ins, some of which never return.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 

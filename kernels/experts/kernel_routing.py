@@ -22,6 +22,9 @@ programs' shares up. No atomics. Logits that are NaN count as minus infinity in 
 that of an expert.
 """
 
+# Triton's functions are typed by their stand-ins, some of which never return.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 

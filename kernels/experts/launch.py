@@ -143,6 +143,11 @@ def gate_gradient(dg: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
     return dgates
 
 
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """Contiguous, whatever the strides of the tensor are."""
+    return launching.empty(tuple(tensor.shape), tensor.dtype, tensor.device).zero_()
+
+
 # ---- the product alone
 
 
@@ -160,7 +165,7 @@ def grouped_linear_backward(
     """The gradients of x (A, m) and of w (E, n, m)."""
     chosen = chosen or plan_for(len(x), len(w), x)
     if dy.numel() == 0:
-        return tuple(launching.empty(tuple(t.shape), t.dtype, t.device).zero_() for t in (x, w))
+        return _zeros_like(x), _zeros_like(w)
     listed = tiles(offsets, len(x), chosen.block_m)
     dx = grouped(dy, None, 1, w, 1, listed, len(x), chosen.down)
     return dx, weight_gradient(dy, False, x, False, None, 1, offsets, w.dtype, chosen.weights)
@@ -198,7 +203,7 @@ def layer_backward(
     d, E, A = x.shape[1], len(w_in), len(order)
     k = places.shape[1]
     if A == 0 or d == 0 or h.shape[1] == 0:
-        return tuple(launching.empty(tuple(t.shape), t.dtype, t.device).zero_() for t in (x, gates, w_in, w_down))
+        return _zeros_like(x), _zeros_like(gates), _zeros_like(w_in), _zeros_like(w_down)
     chosen = chosen or plan_for(A, E, x)
     listed = tiles(offsets, A, chosen.block_m)
     u = grouped(dz, order, k, w_down, 1, listed, A, chosen.down)

@@ -49,6 +49,8 @@ class MixtureOfExperts(nn.Module):
     Source: notes §8.8; deepseek (MoE).
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, d_model: int, d_ff: int, n_experts: int, k: int, *, router: str = "softmax", n_shared: int = 0,
         capacity_factor: float | None = None, scale: float = 1.0, std: float = INIT_STD, std_out: float = INIT_STD,
@@ -106,6 +108,7 @@ class MixtureOfExperts(nn.Module):
     def update_bias(self, loads: Tensor, rate: float = 1e-3) -> None:
         """Raise the experts with too few tokens and lower those with too many, for the sigmoid router."""
         require(self.bias is not None, "update_bias", "the router", "'sigmoid', which has a bias", self.router)
+        assert self.bias is not None
         moved = updated_bias(self.bias.float().cpu().numpy(), loads.cpu().numpy(), rate)
         self.bias.copy_(torch.from_numpy(moved))
 

@@ -9,6 +9,9 @@ Called eagerly they go straight to a `torch.autograd.Function`; inside `torch.co
 which the tracer treats as opaque. Gradients are of first order. No atomics: two runs agree in every bit.
 """
 
+# What a star unpacks may be of any length to a type checker: it does not count arguments behind one.
+# pyright: reportCallIssue=false
+
 import torch
 from torch import Tensor, nn
 

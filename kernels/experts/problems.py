@@ -1,5 +1,8 @@
 """What the experts are tried on: loads, ties, drops, values, layouts, drawn by hypothesis so that failures shrink."""
 
+# What a star unpacks may be of any length to a type checker: it does not count arguments behind one.
+# pyright: reportCallIssue=false
+
 from typing import Any
 
 import numpy as np

@@ -174,7 +174,7 @@ def _stable(subject: Subject, problem: Problem) -> list[Verdict]:
     experts = problem.constants["experts"]
     late = 0
     for e in range(_n_experts(problem)):
-        served = (places >= 0)[experts == e]
+        served = np.greater_equal(places, 0)[np.equal(experts, e)]
         late += int((np.diff(served.astype(int)) > 0).sum())
     return [_count("out of order", wrong), _count("served before an earlier one", late)]
 
@@ -228,7 +228,7 @@ def _equal_experts(subject: Subject, problem: Problem) -> list[Verdict]:
     i = problem.inputs
     same = {name: np.broadcast_to(i[name][:1], i[name].shape).copy() for name in ("w_in", "w_down")}
     every = replace(problem, parameters={"capacity": None}, layouts={})
-    many = changed(every, **same)
+    many = changed(every, w_in=same["w_in"], w_down=same["w_down"])
     served = np.where(_served(problem), i["gates"], 0.0)
     one = changed(
         _with(every, experts=np.zeros((len(served), 1), np.int64)), gates=served.sum(-1, keepdims=True),
@@ -253,11 +253,11 @@ def _alone(subject: Subject, problem: Problem) -> list[Verdict]:
 
 def _unserved(subject: Subject, problem: Problem) -> list[Verdict]:
     """A token without an expert gets zeros, whatever it holds, and its gradients are zeros."""
-    padding = ~_served(problem).any(-1)
-    x = np.where(padding[:, None], np.nan, problem.inputs["x"])
+    padding = np.logical_not(_served(problem).any(-1, keepdims=True))  # (N, 1)
+    x = np.where(padding, np.nan, problem.inputs["x"])
     run = execute(subject, changed(replace(problem, layouts={}), x=x))
     pairs = [run.outputs[0], *(g for g in run.gradients[:2] if g is not None)]
-    mask = torch.from_numpy(padding)
+    mask = torch.from_numpy(padding[:, 0])
     wrong = sum(int((t.cpu()[mask] != 0).sum()) for t in pairs)
     infinite = sum(int((~torch.isfinite(t)).sum()) for t in run.results)
     return [_count("not zero", wrong), _count("not finite", infinite)]
@@ -270,7 +270,7 @@ def _capacity(subject: Subject, problem: Problem) -> list[Verdict]:
     roomy = replace(plain, parameters={"capacity": max(len(experts), 1)})
     rank = np.zeros(experts.shape, int)
     for e in range(_n_experts(problem)):
-        hit = experts == e
+        hit = np.equal(experts, e)
         rank[hit] = np.arange(hit.sum())
     muted = changed(plain, gates=np.where(rank < limit, problem.inputs["gates"], 0.0))
     tight = replace(plain, parameters={"capacity": limit})

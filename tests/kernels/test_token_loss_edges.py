@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import launching
-from kernels.token_loss import config, gradients, launch, launch_linear, op, traffic, witness
+from kernels.token_loss import benchmark, config, custom_ops, launch, launch_linear, op, prepare, traffic, witness
 from kernels.token_loss.config import LinearPlan, LinearTile, RowTile
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: test_token_loss_gpu.py")
@@ -94,7 +94,7 @@ def test_second_derivatives_are_refused_and_not_wrong(loss):
 
 def test_an_id_outside_is_loud_where_ids_are_not_looked_at(monkeypatch):
     """On a GPU ids are not brought to the host: such a row is NaN, and nothing outside the row is read."""
-    monkeypatch.setattr(op, "_check_ids", lambda *a: None)
+    monkeypatch.setattr(prepare, "_check_ids", lambda *a: None)
     logp, lse, _ = op.token_logprobs(normal(2, 5), torch.tensor([1, 7]))
     assert torch.isnan(logp[1]) and torch.isfinite(logp[0]) and torch.isfinite(lse).all()
     assert torch.isnan(op.linear_token_logprobs(normal(2, 5), normal(5, 5), torch.tensor([1, 7]))[0][1])
@@ -223,13 +223,13 @@ def test_extra_memory_of_the_goal():
 @pytest.mark.filterwarnings("ignore")
 def test_custom_ops_pass_torchs_own_check():
     z, t = normal(3, 7).requires_grad_(), ids(3)
-    torch.library.opcheck(gradients.softmax_op, (z, True))
-    torch.library.opcheck(gradients.statistics_op, (z, t, 0.7, -100, True))
-    torch.library.opcheck(gradients.linear_statistics_op, (normal(3, 4).requires_grad_(), normal(7, 4).requires_grad_(), t, 1.0, -100, False))  # fmt: skip
+    torch.library.opcheck(custom_ops.softmax_op, (z, True))
+    torch.library.opcheck(custom_ops.statistics_op, (z, t, 0.7, -100, True))
+    torch.library.opcheck(custom_ops.linear_statistics_op, (normal(3, 4).requires_grad_(), normal(7, 4).requires_grad_(), t, 1.0, -100, False))  # fmt: skip
     row = torch.rand(3, requires_grad=True)
     numbers = [0.0, 0.0, 0.8, 1.2, float("inf"), 0.1, 0.01]
     data = (row, row, row, None, t, torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3), None)
-    torch.library.opcheck(gradients.terms_op, (*data, numbers, "k3", False, "token", 3, -100))
+    torch.library.opcheck(custom_ops.terms_op, (*data, numbers, "k3", False, "token", 3, -100))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -344,3 +344,33 @@ def test_bytes_by_hand():
     assert traffic.split_loss_bytes(10, 64, 2, policy=True) == 10 * (384 + 8 + 52)
     assert traffic.linear_flops(2, 3, 5, backward=True) == 4 * 60
     assert traffic.softmax_backward_bytes(10, 64, 4) == 3 * 10 * 256
+
+
+# ---- the benchmark's machinery
+
+
+def test_every_case_of_the_benchmark_runs():
+    """On tiny shapes in the interpreter, torch beside ours; only a GPU can say how long they take."""
+    small = benchmark.SMALLEST_SHAPES, benchmark.SMALLEST_LINEAR
+    names = set()
+    for case in benchmark.cases("cpu", True, lambda text: None, *small, compiled=False):
+        assert "ours" in case.contenders and case.bytes > 0, case.name
+        assert "torch" in case.contenders or "two launches" in case.name, case.name
+        for call in case.contenders.values():
+            call()
+        names.add(case.name)
+    assert len(names) == 9
+
+
+def test_a_peer_that_computes_something_else_is_left_out(monkeypatch):
+    said = []
+    monkeypatch.setattr(benchmark, "_torch_cross_entropy", lambda z, t: 2 * torch.nn.functional.cross_entropy(z, t))
+    z, t = normal(4, 8).requires_grad_(), ids(4)
+    first, _ = benchmark._likelihood(z, t, said.append, False)
+    assert set(first.contenders) == {"ours"} and "differs" in said[0]
+
+
+def test_sweeps_hold_the_shipped_sizes():
+    cases = list(benchmark.sweep_cases("cpu", ((2, 64),), ((4, 16, 64),)))
+    assert len(cases) == 3 and all(len(case.contenders) > 1 for case in cases)
+    assert str(config.row_tile(64, 4)) in cases[0].contenders and str(config.loss_tile(64, 4)) in cases[1].contenders

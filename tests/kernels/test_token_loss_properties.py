@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import compare, registry
-from kernels.token_loss import op
+from kernels.token_loss import op, prepare
 from minillm.autograd import Tensor, grad
 from minillm.functional import information, policy_losses, reductions
 from minillm.functional import losses as written
@@ -145,7 +145,7 @@ def test_entropy_gradient_by_its_formula(rng):
 def test_weights_are_those_of_the_reference(reduction, all_masked):
     keep = np.zeros((3, 4), bool) if all_masked else np.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
     for divisor in (None, 5.0) if reduction != "sum" else (None,):
-        ours = op._weights(torch.from_numpy(keep), reduction, 6, divisor).numpy()
+        ours = prepare.token_weights(torch.from_numpy(keep), reduction, 6, divisor).numpy()
         np.testing.assert_allclose(
             ours, reductions.aggregation_weights(keep, reduction, length=6, divisor=divisor), rtol=1e-6
         )
