@@ -57,6 +57,7 @@ def _kept(
             continue
         try:
             call, value = make(function)
+            value = value.detach()
         except Exception as error:  # a peer that does not run on this machine
             say(f"{name} {what}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
             continue

@@ -62,6 +62,14 @@ class LikelihoodTerms:
     z_loss: float = 0.0
 
 
+Loss = PolicyTerms | LikelihoodTerms
+
+
+def as_column(gradient_: Tensor | None) -> Tensor | None:
+    """What arrives at a per-row result, as the kernels want it: flat, contiguous, fp32."""
+    return None if gradient_ is None else gradient_.reshape(-1).to(torch.float32).contiguous()
+
+
 @dataclass(frozen=True)
 class Terms:
     """Every token's share of the loss, what to watch, and the derivatives by the statistics (None: always 0)."""
@@ -133,7 +141,7 @@ def gradient(
 
 
 def loss_and_gradient(
-    logits: Tensor, targets: Tensor, weight: Tensor, terms: PolicyTerms | LikelihoodTerms, temperature: float,
+    logits: Tensor, targets: Tensor, weight: Tensor, terms: Loss, temperature: float,
     ignored: int, inplace: bool = True, tile: RowTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...], Tensor]:  # fmt: skip
     """Statistics, terms and the logits' gradient (for 1 arriving at the sum of the terms) in one launch.
@@ -167,7 +175,7 @@ def loss_and_gradient(
 
 
 def token_terms(
-    found: Statistics, targets: Tensor, weight: Tensor, terms: PolicyTerms | LikelihoodTerms, ignored: int,
+    found: Statistics, targets: Tensor, weight: Tensor, terms: Loss, ignored: int,
     block: int = TOKENS,
 ) -> Terms:  # fmt: skip
     """Terms of a loss and their derivatives from the statistics, all (n_rows,)."""

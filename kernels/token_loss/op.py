@@ -13,22 +13,19 @@ write of memory for loss and gradient together. The logits are gone afterwards, 
 `torch.compile` it is taken for False.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels import launching
-from kernels.checks import check_floats, check_integers, check_places
+from kernels.checks import check_floats, check_places
 from kernels.launching import rows_of
-from kernels.token_loss import gradients
-from kernels.token_loss.gradients import Loss, loss_of, traced
-from kernels.token_loss.launch import KINDS, LEVELS, LikelihoodTerms, PolicyTerms
-from minillm.checks import require, require_one_of
+from kernels.token_loss import custom_ops, gradients, prepare
+from kernels.token_loss.gradients import loss_of, traced
+from kernels.token_loss.launch import LikelihoodTerms, Loss
+from minillm.checks import require
 
 IGNORE = -100
-REDUCTIONS = ("token-mean", "seq-mean", "seq-sum", "constant", "sum")
 
 
 class PolicyLoss(NamedTuple):
@@ -82,8 +79,8 @@ def token_logprobs(
         (interpreter) for ids outside [0, V); on a GPU such an id makes its row NaN.
     Source: bridging §1.6; notes §10.5.
     """
-    _check_logits("token_logprobs", logits, targets, temperature, ignore_index)
-    found = _statistics(logits, _flat(targets), temperature, ignore_index, True, False)
+    prepare.check_logits("token_logprobs", logits, targets, temperature, ignore_index)
+    found = _statistics(logits, prepare.flat(targets), temperature, ignore_index, True, False)
     return tuple(f.view(targets.shape) for f in found[:3])  # type: ignore[union-attr, return-value]
 
 
@@ -100,10 +97,10 @@ def cross_entropy(
     Raises: ValueError, TypeError and IndexError as `token_logprobs`, ValueError for an unknown reduction.
     Source: bridging §1.6; topics #5.
     """
-    _check_logits("cross_entropy", logits, targets, 1.0, ignore_index)
-    _check_likelihood("cross_entropy", reduction, label_smoothing, z_loss)
-    flat = _flat(targets)
-    weight = _likelihood_weights(flat, ignore_index, reduction, divisor)
+    prepare.check_logits("cross_entropy", logits, targets, 1.0, ignore_index)
+    prepare.check_likelihood("cross_entropy", reduction, label_smoothing, z_loss)
+    flat = prepare.flat(targets)
+    weight = prepare.likelihood_weights(flat, ignore_index, reduction, divisor)
     terms = LikelihoodTerms(label_smoothing, z_loss)
     if _may_replace("cross_entropy", logits, inplace):
         return gradients.InPlaceLoss.apply(logits, flat, weight, terms, 1.0, ignore_index)[0]  # type: ignore[index]
@@ -137,8 +134,8 @@ def policy_loss(
     Source: deepseek (PPO, GRPO); notes §10.6; as `minillm.functional.policy_losses.grpo_loss`.
     """
     require(logits.ndim == 3, "policy_loss", "logits", "of shape (B, T, V)", logits)
-    _check_logits("policy_loss", logits, targets, temperature, None)
-    chosen, weight, terms = _policy(
+    prepare.check_logits("policy_loss", logits, targets, temperature, None)
+    chosen, weight, terms = prepare.policy(
         "policy_loss", logits.shape[-1], targets, old_logprobs, advantages, mask, ref_logprobs, token_weights, clip_low,
         clip_high, dual_clip, level, beta, kl, kl_ratio, entropy_coef, reduction, length, divisor, ignore_index,
     )  # fmt: skip
@@ -161,8 +158,8 @@ def linear_token_logprobs(
     Raises: as `token_logprobs`.
     Source: notes §3.1; bridging §1.6.
     """
-    _check_linear("linear_token_logprobs", hidden, weight, targets, temperature, ignore_index)
-    found = _linear_statistics(hidden, weight, _flat(targets), temperature, ignore_index, True, False)
+    prepare.check_linear("linear_token_logprobs", hidden, weight, targets, temperature, ignore_index)
+    found = _linear_statistics(hidden, weight, prepare.flat(targets), temperature, ignore_index, True, False)
     return tuple(f.view(targets.shape) for f in found[:3])  # type: ignore[union-attr, return-value]
 
 
@@ -178,11 +175,11 @@ def linear_cross_entropy(
     Raises: as `cross_entropy`.
     Source: bridging §1.6; notes §3.1.
     """
-    _check_linear("linear_cross_entropy", hidden, weight, targets, 1.0, ignore_index)
-    _check_likelihood("linear_cross_entropy", reduction, label_smoothing, z_loss)
-    flat = _flat(targets)
+    prepare.check_linear("linear_cross_entropy", hidden, weight, targets, 1.0, ignore_index)
+    prepare.check_likelihood("linear_cross_entropy", reduction, label_smoothing, z_loss)
+    flat = prepare.flat(targets)
     found = _linear_statistics(hidden, weight, flat, 1.0, ignore_index, False, label_smoothing != 0)
-    share = _likelihood_weights(flat, ignore_index, reduction, divisor)
+    share = prepare.likelihood_weights(flat, ignore_index, reduction, divisor)
     return loss_of(found, flat, share, LikelihoodTerms(label_smoothing, z_loss), ignore_index)[0]
 
 
@@ -204,8 +201,8 @@ def linear_policy_loss(
     """
     where = "linear_policy_loss"
     require(hidden.ndim == 3, where, "hidden", "of shape (B, T, d)", hidden)
-    _check_linear(where, hidden, weight, targets, temperature, None)
-    chosen, share, terms = _policy(
+    prepare.check_linear(where, hidden, weight, targets, temperature, None)
+    chosen, share, terms = prepare.policy(
         where, weight.shape[0], targets, old_logprobs, advantages, mask, ref_logprobs, token_weights, clip_low,
         clip_high, dual_clip, level, beta, kl, kl_ratio, entropy_coef, reduction, length, divisor, ignore_index,
     )  # fmt: skip
@@ -236,14 +233,14 @@ class CrossEntropyLoss(nn.Module):
 def _softmax(where: str, logits: Tensor, log: bool) -> Tensor:
     require(logits.ndim >= 1, where, "logits", "of shape (..., V)", logits)
     check_floats(where, (("logits", logits),))
-    return gradients.softmax_op(logits, log)[0] if traced(logits) else gradients.Softmax.apply(logits, log)  # type: ignore[return-value]
+    return custom_ops.softmax_op(logits, log)[0] if traced(logits) else gradients.Softmax.apply(logits, log)  # type: ignore[return-value]
 
 
 def _statistics(
     logits: Tensor, targets: Tensor, temperature: float, ignored: int, entropy: bool, mean: bool
 ) -> tuple[Tensor | None, ...]:
     if traced(logits, targets):
-        return gradients.statistics_op(logits, targets, temperature, ignored, mean)[:4]
+        return custom_ops.statistics_op(logits, targets, temperature, ignored, mean)[:4]
     return gradients.TokenStatistics.apply(logits, targets, temperature, ignored, entropy, mean)  # type: ignore[return-value]
 
 
@@ -251,7 +248,7 @@ def _linear_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, ignored: int, entropy: bool, mean: bool
 ) -> tuple[Tensor | None, ...]:
     if traced(hidden, weight, targets):
-        return gradients.linear_statistics_op(hidden, weight, targets, temperature, ignored, mean)[:4]
+        return custom_ops.linear_statistics_op(hidden, weight, targets, temperature, ignored, mean)[:4]
     return gradients.LinearStatistics.apply(hidden, weight, targets, temperature, ignored, entropy, mean)  # type: ignore[return-value]
 
 
@@ -276,140 +273,3 @@ def _may_replace(where: str, logits: Tensor, inplace: bool) -> bool:
 
 def _strides(rows: Tensor) -> list[int]:
     return [stride for stride, size in zip(rows.stride(), rows.shape) if size > 1]
-
-
-def _flat(targets: Tensor) -> Tensor:
-    return targets.reshape(-1).contiguous()
-
-
-def _likelihood_weights(targets: Tensor, ignored: int, reduction: str, divisor: float | None) -> Tensor:
-    keep = (targets != ignored).to(torch.float32)
-    if reduction == "sum":
-        return keep
-    return keep / (keep.sum().clamp(min=1.0) if divisor is None else float(divisor))
-
-
-def _policy(
-    where: str, V: int, targets: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor | None,
-    importance: Tensor | None, clip_low: float, clip_high: float | None, dual_clip: float | None, level: str, beta: float,
-    kl: str, kl_ratio: bool, entropy_coef: float, reduction: str, length: int | None, divisor: float | None, ignored: int,
-) -> tuple[Tensor, Tensor, PolicyTerms]:  # fmt: skip
-    """Targets with dropped tokens ignored, the weight of every token, and the data and switches of the terms."""
-    shape = targets.shape
-    high = clip_low if clip_high is None else clip_high
-    require_one_of(level, LEVELS, where, "level")
-    require_one_of(kl, KINDS, where, "kl")
-    require_one_of(reduction, REDUCTIONS, where, "reduction")
-    require(0 <= clip_low <= 1 and high >= 0, where, "the clip widths", "low in [0, 1] and high at least 0",
-            f"{clip_low}, {high}")  # fmt: skip
-    require(
-        dual_clip is None or dual_clip > 1 + high,
-        where,
-        "dual_clip",
-        f"above the upper clip bound {1 + high}",
-        dual_clip,
-    )
-    require(beta == 0 or ref is not None, where, "ref_logprobs", "given when beta is not 0", ref)
-    require(reduction != "constant" or (length is not None and length > 0), where, "length",
-            "the largest response length for reduction='constant'", length)  # fmt: skip
-    require(divisor is None or (divisor > 0 and reduction != "sum"), where, "divisor",
-            "positive, and left out for reduction='sum'", divisor)  # fmt: skip
-    require(mask.shape == shape, where, "the mask", f"of shape {tuple(shape)}", mask)
-    require(
-        advantages.shape in (shape, shape[:1]),
-        where,
-        "advantages",
-        f"of shape {tuple(shape)} or {tuple(shape[:1])}",
-        advantages,
-    )
-    given = [("old_logprobs", old), ("ref_logprobs", ref), ("token_weights", importance)]
-    for name, tensor in given:
-        require(tensor is None or tensor.shape == shape, where, name, f"of shape {tuple(shape)}", tensor)
-    check_places(where, [(n, t) for n, t in [*given, ("advantages", advantages), ("the mask", mask)] if t is not None])
-    keep = (mask if mask.dtype == torch.bool else mask == 1) & (targets != ignored)
-    chosen = torch.where(keep, targets, ignored).reshape(-1)
-    if launching.INTERPRETED and not traced(targets):
-        odd = mask[(mask != 0) & (mask != 1)] if mask.dtype != torch.bool else mask[:0]
-        require(
-            odd.numel() == 0,
-            where,
-            "the mask",
-            "of booleans, zeros and ones",
-            f"the value {odd.reshape(-1)[:1].tolist()}",
-        )
-        _check_ids(where, chosen, V, ignored)
-
-    def column(data: Tensor | None) -> Tensor | None:
-        if data is None:
-            return None
-        data = data.unsqueeze(-1).expand(shape) if data.shape != shape else data
-        return data.detach().to(torch.float32).reshape(-1).contiguous()
-
-    terms = PolicyTerms(
-        column(old), column(advantages), column(ref), column(importance), 1.0 - clip_low, 1.0 + high,  # type: ignore[arg-type]
-        math.inf if dual_clip is None else float(dual_clip), float(beta), kl, kl_ratio, float(entropy_coef), level, shape[-1],
-    )  # fmt: skip
-    return chosen, _weights(keep, reduction, length, divisor).reshape(-1), terms
-
-
-def _weights(keep: Tensor, reduction: str, length: int | None, divisor: float | None) -> Tensor:
-    """Every token's weight in the loss, (B, T): `minillm.functional.reductions.aggregation_weights` without leaving the device."""
-    kept = keep.to(torch.float32)
-    count = len(keep) * float(length or 0) if reduction == "constant" else float(len(keep))
-    weights = kept / (kept.sum().clamp(min=1.0) if reduction == "token-mean" and divisor is None else
-                      float(divisor) if divisor is not None else 1.0 if reduction == "sum" else max(count, 1.0))  # fmt: skip
-    if reduction == "seq-mean":
-        weights = weights / kept.sum(-1, keepdim=True).clamp(min=1.0)
-    return weights
-
-
-# ---- checks
-
-
-def _check_logits(where: str, logits: Tensor, targets: Tensor, temperature: float, ignored: int | None) -> None:
-    require(logits.ndim >= 1 and logits.shape[-1] >= 1, where, "logits", "of shape (..., V) with V at least 1", logits)
-    check_floats(where, (("logits", logits),))
-    _check_targets(where, logits.shape[:-1], logits.shape[-1], logits, targets, temperature, ignored)
-
-
-def _check_linear(
-    where: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, ignored: int | None
-) -> None:
-    require(weight.ndim == 2 and weight.numel() > 0, where, "weight", "of shape (V, d), not empty", weight)
-    V, d = weight.shape
-    require(
-        hidden.ndim >= 1 and hidden.shape[-1] == d, where, "hidden", f"of shape (..., {d}), as the weight wants", hidden
-    )
-    check_floats(where, (("hidden", hidden), ("weight", weight)))
-    require(
-        weight.dtype == hidden.dtype,
-        where,
-        "weight",
-        f"of the hidden states' dtype {hidden.dtype}",
-        weight,
-        error=TypeError,
-    )
-    _check_targets(where, hidden.shape[:-1], V, hidden, targets, temperature, ignored)
-
-
-def _check_targets(
-    where: str, shape: torch.Size, V: int, beside: Tensor, targets: Tensor, temperature: float, ignored: int | None
-) -> None:
-    require(targets.shape == shape, where, "targets", f"of shape {tuple(shape)}, one id for every row", targets)
-    check_integers(where, (("targets", targets),))
-    check_places(where, [("the first operand", beside), ("targets", targets)])
-    require(0 < temperature < math.inf, where, "temperature", "a positive number", temperature)
-    if ignored is not None and launching.INTERPRETED and not traced(targets):
-        _check_ids(where, targets, V, ignored)
-
-
-def _check_ids(where: str, targets: Tensor, V: int, ignored: int) -> None:
-    wrong = targets[(targets != ignored) & ((targets < 0) | (targets >= V))]
-    require(wrong.numel() == 0, where, "targets", f"in [0, {V}) or {ignored}", f"the id {wrong[:1].tolist()}",
-            "Was the text encoded with another tokenizer?", error=IndexError)  # fmt: skip
-
-
-def _check_likelihood(where: str, reduction: str, smoothing: float, z_loss: float) -> None:
-    require_one_of(reduction, ("token-mean", "sum"), where, "reduction")
-    require(0 <= smoothing <= 1, where, "label_smoothing", "in [0, 1]", smoothing)
-    require(z_loss >= 0, where, "z_loss", "at least 0", z_loss)

@@ -233,7 +233,7 @@ def test_custom_ops_pass_torchs_own_check():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("linear", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_without_a_graph_break_it_equals_eager(linear):
     w = normal(5, 4).requires_grad_()
     old, a, mask = torch.zeros(2, 3), torch.ones(2), torch.ones(2, 3, dtype=torch.bool)
