@@ -219,3 +219,18 @@ def test_curves_of_two_engines_are_drawn_and_without_a_gpu_nothing_is_measured(t
     assert found["engines"][0] == "minillm on NumPy"
     assert "kernels on interpreter" in found["engines"][1]
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_whole_network_is_traced_without_a_graph_break():
+    network, ids = Decoder(TINY), torch.arange(14).reshape(2, 7)
+    network.load_arrays(NumPyDecoder(TINY, np.random.default_rng(0)).state_dict())
+    compiled, found = torch.compile(network, fullgraph=True, backend="aot_eager"), []
+    for function in (compiled, network):
+        network.zero_grad()
+        loss = function(ids, ids, 14.0)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
