@@ -19,7 +19,7 @@ masks: Any = kernel_masks  # what triton.jit returns, no type checker follows
 forward_code: Any = kernel_forward
 backward_code: Any = kernel_backward
 
-DELTA_ROWS = 32
+DELTA_ROWS = 16
 BOUNDS_BLOCK = 256
 BOTTOM_RIGHT, TOP_LEFT = "bottom-right", "top-left"
 
