@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from minillm.autograd import no_grad
+from minillm.cli import main
 from minillm.data.pretrained_bpe import PretrainedBPE, byte_alphabet
 from minillm.data.tokenizer_json import write_tokenizer_json
 from minillm.decoding import generate
@@ -254,6 +255,25 @@ def test_a_gpt2_folder_with_its_tokenizer_writes_text(tmp_path):
     ends = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = theirs.generate(torch.from_numpy(IDS[:1, :5]), attention_mask=torch.ones(1, 5), **ends).numpy()[:, 5:]
     np.testing.assert_array_equal(made.tokens, expected)
+
+
+@pytest.mark.equation("seq2seq-model", "kv-cache-prefix")
+def test_a_t5_folder_answers_from_the_command_line_as_in_transformers(tmp_path, capsys):
+    theirs = theirs_of("t5")
+    theirs.save_pretrained(tmp_path)
+    ends = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(torch.from_numpy(SOURCE[:1]), **ends).numpy()[0, 1:]
+    prompt = " ".join(map(str, SOURCE[0]))
+    command = ["generate", "--checkpoint", str(tmp_path), "--prompt-ids", prompt, "--temperature", "0", "--json"]
+    capsys.readouterr()
+    assert main([*command, "--max-new-tokens", "7"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["tokens"] == expected.tolist()
+
+
+def test_an_encoder_folder_writes_nothing(tmp_path, capsys):
+    theirs_of("roberta").save_pretrained(tmp_path)
+    assert main(["generate", "--checkpoint", str(tmp_path), "--prompt-ids", "4 5"]) == 2
+    assert "the model must be one that continues a text" in capsys.readouterr().err
 
 
 def changed(folder, kind: str, **changes):
