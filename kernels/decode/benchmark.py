@@ -91,7 +91,8 @@ def _peers(operands: list[Tensor], say: Callable[[str], None]) -> dict[str, Call
         "sdpa": _sdpa(None), "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
         "flash_attn kvcache": _flash_attention(), "flashinfer": _flash_infer(operands[0]),
     }  # fmt: skip
-    truth = op.decode_attention(*operands)[0].float()
+    q, k, v = operands
+    truth = op.decode_attention(q, k, v)[0].float()
     found = {}
     for name, function in candidates.items():
         if function is None:

@@ -56,5 +56,5 @@ def _sizes(phi: int, itemsize: int, machine: str) -> tuple[int, int, int]:
     if machine == "other":
         return (32, 32, 4) if phi <= 64 else (16, 32, 8) if phi == 128 else (16, 16, 8)
     if phi <= 64:
-        return 64, 64, 8 if machine == "hopper" else 4
+        return (64, 64, 8) if machine == "hopper" else (32, 64, 8)
     return (32, 64, 8) if phi == 128 else (16, 32, 8)

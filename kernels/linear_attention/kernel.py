@@ -128,7 +128,7 @@ def _sums_kernel(
             total = product(tl.trans(x), y, total, size)
         else:
             weights += tl.sum(x.to(tl.float32), axis=0)
-            total = product(tl.trans(x), y, total, 1.0)
+            total = dot(tl.trans(x), y, total)
     out = head * segments + segment
     in_phi = phi < D_PHI
     tl.store(SUM + (out * D_PHI + phi[:, None]) * D_V + dv[None, :], total, mask=in_phi[:, None] & (dv < D_V)[None, :])
@@ -214,7 +214,7 @@ def _forward_kernel(
         if block == 0:
             tl.store(DEN + head * L + rows, den, mask=present)
         tl.store(OUT + (head * L + rows)[:, None] * D_V + dv[None, :], o.to(OUT.dtype.element_ty), mask=in_rows)
-        state = product(tl.trans(k), v, state, 1.0)
+        state = dot(tl.trans(k), v, state)
         z += tl.sum(k.to(tl.float32), axis=0)
     if S_END is not None:
         tl.store(S_END + at_state, state, mask=in_state)
@@ -298,7 +298,7 @@ def _dq_kernel(
             dq = through_map(dq, q, ELU)
         out = (block.to(tl.int64) * heads + head) * L + rows
         tl.store(DQ + out[:, None] * D_PHI + phi[None, :], dq.to(DQ.dtype.element_ty), mask=inside)
-        state = product(tl.trans(k), v, state, 1.0)
+        state = dot(tl.trans(k), v, state)
         z += tl.sum(k.to(tl.float32), axis=0)
 
 
