@@ -89,14 +89,14 @@ def _linear_statistics_kernel(
         chosen += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
         if PART_MEAN is not None:
             summed += tl.sum(z, axis=1)  # columns beyond the head hold 0
-        z = tl.where(in_head, z, float("-inf"))
+        z = tl.where(in_head, z, -1e20)  # finite, so that 0 times its depth below is 0
         higher = tl.maximum(top, tl.max(z, axis=1))  # finite: every tile has a column, every logit is a sum
         gap = tl.where(top == float("-inf"), 0.0, (top - higher) * scale)
         shrink = tl.where(top == float("-inf"), 0.0, tl.exp2(gap))
         depth = (z - higher[:, None]) * scale
         e = tl.exp2(depth)
         if PART_WEIGHTED is not None:
-            here = tl.sum(tl.where(in_head, e * depth, 0.0), axis=1)
+            here = tl.sum(e * depth, axis=1)
             weighted = shrink * (weighted + gap * total) + here
         total = shrink * total + tl.sum(e, axis=1)
         top = higher
