@@ -2,9 +2,8 @@ r"""Causal linear attention on torch tensors: checks, gradients, the custom op f
 
 Two functions over one set of kernels: of mapped queries and keys (any feature map, applied before), and with the map ELU+1
 inside, which saves writing the features. float32, float16 or bfloat16 tensors of any layout on a GPU; in Triton's
-interpreter (TRITON_INTERPRET=1, no GPU) float32 and float16. On Blackwell float16 needs a Triton later than 3.7.1, whose
-compiler fails there on a float16 state. States and normalisers are float32 whatever the dtype: they
-are sums over all tokens. Gradients are of first order and reach the initial state too. Results are contiguous.
+interpreter (TRITON_INTERPRET=1, no GPU) float32 and float16. Triton 3.7.1 cannot compile the
+float16 kernels for Blackwell. States and normalisers are float32 whatever the dtype: they are sums over all tokens. Gradients are of first order and reach the initial state too. Results are contiguous.
 """
 
 import torch
