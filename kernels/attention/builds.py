@@ -20,17 +20,16 @@ VARIANTS = ("full", "causal", "window", "padding", "prefix", "packed", "capped")
 def builds(thorough: bool = False) -> list[Build]:
     """The causal kernels in bf16 (on Hopper at every class of widths, and in fp32), and the two small kernels.
 
-    ``thorough`` takes all masks, all dtypes and odd widths, so that everything shipped is compiled.
+    ``thorough`` takes all masks at one width, and all classes, odd widths and dtypes under one mask.
     """
     found = []
     for target in TARGETS:
         wanted = [("causal", "bf16", (128, 128))]
         if thorough:
-            wanted = [(variant, "bf16", widths) for variant in VARIANTS for widths in WIDTHS]
-            wanted += [("causal", "bf16", widths) for widths in ODD_WIDTHS]
-            wanted += [
-                (v, dtype, widths) for v in ("causal", "packed") for dtype in ("fp16", "fp32") for widths in WIDTHS
-            ]
+            masks = VARIANTS if target == "sm_90" else ("causal", "packed", "capped")
+            wanted = [(variant, "bf16", (128, 128)) for variant in masks]
+            wanted += [("causal", "bf16", widths) for widths in (*WIDTHS, *ODD_WIDTHS) if widths != (128, 128)]
+            wanted += [("causal", "fp32", widths) for widths in WIDTHS] + [("causal", "fp16", (128, 128))]
         elif target == "sm_90":
             wanted = [("causal", "bf16", widths) for widths in WIDTHS] + [("causal", "fp32", (128, 128))]
         for variant, dtype, widths in wanted:

@@ -45,7 +45,7 @@ SHORT = {  # 16-bit elements
     ),
     "sm_100": (
         Plan(Tile(128, 128, 8, 2), Tile(64, 64, 8), Tile(128, 64, 8)),
-        Plan(Tile(128, 64, 8), Tile(32, 64, 8, 1), Tile(128, 64, 8)),
+        Plan(Tile(128, 64, 8), Tile(64, 64, 8, 1), Tile(128, 64, 8)),
         Plan(Tile(128, 32, 8), Tile(32, 32, 8), Tile(64, 32, 8)),
     ),
     "sm_80": (
