@@ -4,8 +4,9 @@
     python tests/kernels/other_tritons.py 3.6.0      # one of them; UPDATE_TABLES=1 writes its tables again
 
 An environment holds Triton and what that version needs otherwise, and borrows everything else (torch above all)
-from the environment that runs this script. In it every family is compiled for every target and held against the
-gates and the tables, and a small part of `compare` runs in the interpreter. The environments stay in `.tritons`.
+from the environment that runs this script. In it every family is compiled for Hopper (`--target`: for others too)
+and held against the gates and the tables, and a small part of `compare` runs in the interpreter. The environments
+stay in `.tritons`.
 """
 
 import argparse
@@ -87,14 +88,17 @@ def _run(command: Sequence[str | Path], **variables: str) -> str:
     return done.stdout
 
 
-def check(version: str, families: Sequence[str]) -> list[str]:
+def check(version: str, families: Sequence[str], targets: Sequence[str]) -> list[str]:
     """Everything that is wrong under one version, in words; progress goes to standard error."""
     python = environment(version)
+    wanted = [part for target in targets for part in ("--target", target)]
     complaints = []
     for family in families:
         start = time.perf_counter()
         try:
-            rows = json.loads(_run([python, "-m", "kernels", "compile", family, "--json"], TRITON_INTERPRET="0"))
+            rows = json.loads(
+                _run([python, "-m", "kernels", "compile", family, *wanted, "--json"], TRITON_INTERPRET="0")
+            )
             complaints += [f"{family}: {c}" for c in judge(version, family, rows)]
             middle = time.perf_counter()
             found = json.loads(_run([python, "-c", COMPARE, family], TRITON_INTERPRET="1"))
@@ -112,13 +116,14 @@ def judge(version: str, family: str, rows: Sequence[dict]) -> list[str]:
     closed = {f"{row['kernel']} {row['config']} {row['target']}": row["problems"] for row in rows if not row["ok"]}
     there = {f"{row['kernel']} {row['config']} {row['target']}" for row in rows}
     known = KNOWN[version].keys() & there
-    found = tables.of_rows(rows)
+    found, kept = tables.of_rows(rows), tables.read(family, version)
     if os.environ.get("UPDATE_TABLES"):
-        tables.write(family, version, found)
+        tables.write(family, version, tables.merged(kept or {}, found))
+        kept = tables.read(family, version)
     return [
         *(f"{name}: {'; '.join(problems)}" for name, problems in closed.items() if name not in known),
         *(f"{name}: is fine now, and still listed as known" for name in known - closed.keys()),
-        *tables.regressions(found, tables.read(family, version)),
+        *(tables.regressions(found, tables.only(kept, found)) if kept else []),
     ]
 
 
@@ -127,12 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", nargs="*", choices=[[], *VERSIONS], help="default: all of them")
     parser.add_argument("--family", action="append", help="default: all of them")
+    parser.add_argument("--target", action="append", help="default: sm_90")
     options = parser.parse_args(arguments)
+    targets = options.target or ["sm_90"]
     versions, families = options.version or list(VERSIONS), options.family or registry.FAMILIES
     for version in versions:  # one after the other: two downloads at once win nothing
         environment(version)
     with ThreadPoolExecutor(len(versions)) as pool:
-        complaints = dict(zip(versions, pool.map(lambda version: check(version, families), versions)))
+        complaints = dict(zip(versions, pool.map(lambda version: check(version, families, targets), versions)))
     for version, said in complaints.items():
         for complaint in said:
             print(f"Triton {version}: {complaint}")

@@ -53,6 +53,18 @@ def write(family: str, version: str, table: Table) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
+def merged(kept: Table, found: Table) -> Table:
+    """A table with what was found now, and for the targets that were not looked at what it held before."""
+    return {name: {**kept.get(name, {}), **line} for name, line in found.items()}
+
+
+def only(kept: Table, found: Table) -> Table:
+    """The part of a table that has the targets that were looked at."""
+    targets = {target for line in found.values() for target in line}
+    parts = {name: {t: row for t, row in line.items() if t in targets} for name, line in kept.items()}
+    return {name: line for name, line in parts.items() if line}
+
+
 def regressions(found: Table, kept: Table | None) -> list[str]:
     """What got worse, what is new or gone, in words. Fewer registers or less shared memory are no fault."""
     if kept is None:
