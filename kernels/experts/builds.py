@@ -14,7 +14,7 @@ from kernels.experts.config import (
     row_tile,
 )  # fmt: skip
 from kernels.experts.launch import GATES_AT_ONCE
-from kernels.experts.launch_routing import BALANCE_ELEMENTS, TILES_AT_ONCE, padded
+from kernels.experts.launch_routing import TILES_AT_ONCE, padded, shares_at_once
 from kernels.experts.traffic import products_a_step
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -72,7 +72,7 @@ def routing(dtype: str, n_experts: int) -> list[Build]:
     balance = {
         "SHARE_P": single, "SHARE_N": number, "SHARE_Z": single, "LOADS": number, "AUX": single, "Z": single,
         "n_tokens": integer(False), "n_experts": integer(True), "k": integer(False), "n_shares": integer(False),
-        "BLOCK_S": constant(max(BALANCE_ELEMENTS // padded(n_experts), 1)), "BLOCK_E": wide,
+        "BLOCK_S": constant(shares_at_once(n_experts)), "BLOCK_E": wide,
     }  # fmt: skip
     return [*found, Build(kernel_routing._balance_kernel, f"E={n_experts}", balance, 8)]
 

@@ -25,6 +25,11 @@ def padded(n_experts: int) -> int:
     return max(next_power_of_two(n_experts), 16)
 
 
+def shares_at_once(n_experts: int) -> int:
+    """Programs' shares that the balance kernel adds in one step."""
+    return min(max(BALANCE_ELEMENTS // padded(n_experts), 1), 64)
+
+
 def route(
     logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, renormalise: bool,
     tile: RouteTile | None = None, programs: int | None = None,
@@ -51,7 +56,7 @@ def route(
         )  # fmt: skip
         routing._balance_kernel[(1,)](
             share_p, share_n, share_z, loads, aux, z, N, E, k, programs,
-            BLOCK_S=max(BALANCE_ELEMENTS // padded(E), 1), BLOCK_E=padded(E),
+            BLOCK_S=shares_at_once(E), BLOCK_E=padded(E),
             num_warps=8, num_stages=1, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     return gates, experts, loads, aux, z

@@ -41,4 +41,4 @@ def test_property(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property_on_many_examples(name):
-    check([name], examples=12)
+    check([name], examples=6)
