@@ -41,10 +41,8 @@ import triton.language as tl
 from matplotlib.patches import Rectangle
 
 from kernels import compare
-from kernels.experts import family, kernel_combine, kernel_packing, launch, op, reference, traffic
-from kernels.experts.config import PackTile
-from kernels.problem import to_array
-from kernels.subject import Subject, execute
+from kernels.experts import kernel_combine, kernel_packing, launch, op, reference, traffic
+from kernels.subject import Subject
 from minillm.autograd import Tensor, gradcheck
 from minillm.functional import experts as written
 from minillm.functional.capacity import capacity

@@ -7,6 +7,7 @@ least three times as fast as Liger's cross-entropy.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -267,8 +268,6 @@ def _around(tile: RowTile) -> list[RowTile]:
 
 
 def _linear_sweep(device, n_rows, d, V, dtype) -> Case:
-    from dataclasses import replace
-
     hidden = _normal(n_rows, d, dtype=dtype, device=device).detach()
     weight = _normal(V, d, dtype=dtype, device=device, scale=d**-0.5).detach()
     targets = torch.randint(0, V, (n_rows,), device=device)

@@ -9,6 +9,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from kernels.problem import Problem, conform
+from kernels.token_loss.config import LinearPlan, LinearTile, RowTile
 from kernels.tolerance import rounded
 
 IGNORE = -100
@@ -266,8 +267,6 @@ def _cotangents(problem: Problem, rng, kind: str, lead: tuple[int, ...], V: int)
 @st.composite
 def launch_sizes(draw, function: str):
     """Small tiles, so that short rows already cross blocks, and small strips."""
-    from kernels.token_loss.config import LinearPlan, LinearTile, RowTile
-
     if function not in LINEAR:
         return RowTile(draw(st.sampled_from((1, 2, 4))), draw(st.sampled_from((16, 32, 128))), 1, draw(st.sampled_from((1, 2))))  # fmt: skip
     tile = LinearTile(16, draw(st.sampled_from((16, 32))), 16, 1, 1, draw(st.sampled_from((1, 2, 8))))

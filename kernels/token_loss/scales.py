@@ -5,6 +5,7 @@ import numpy as np
 from kernels.problem import Problem
 from kernels.token_loss import problems as p
 from kernels.tolerance import SPACING, Scale
+from minillm.functional.reductions import aggregation_weights
 
 
 def scales(problem: Problem) -> list[Scale]:
@@ -99,8 +100,6 @@ def token_weights(problem: Problem, keep: np.ndarray) -> np.ndarray:
         if parameters["reduction"] == "sum":
             return keep.astype(float)
         return keep / (max(keep.sum(), 1) if parameters["divisor"] is None else parameters["divisor"])
-    from minillm.functional.reductions import aggregation_weights
-
     return aggregation_weights(
         keep, parameters["reduction"], length=parameters["length"], divisor=parameters["divisor"]
     )
