@@ -28,5 +28,5 @@ class Tile:
 def tile(n_rows: int, itemsize: int) -> Tile:
     """The tile for x of n_rows rows of itemsize bytes a number, in both directions."""
     if n_rows <= FEW_ROWS:
-        return Tile(16, 16, BLOCK_REDUCED, 2, 2)
+        return Tile(16, 16, BLOCK_REDUCED // 2 if itemsize == 4 else BLOCK_REDUCED, 2, 2)
     return Tile(32, 32, BLOCK_REDUCED // 2, 4, 2) if itemsize == 4 else Tile(128, 64, BLOCK_REDUCED, 8, 2)
