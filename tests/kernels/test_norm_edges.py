@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels import launching
 from kernels.norm import config, launch, op, problems, traffic, witness
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: test_norm_gpu.py")
@@ -62,7 +63,7 @@ def test_one_clear_error(call, error, words):
 
 
 def test_without_interpreter_or_gpu_the_error_says_how(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"x must be on a GPU, got a tensor on cpu\. Set TRITON_INTERPRET=1"):
         op.rms_norm(normal(2, 4), normal(4))
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import compare
-from kernels.norm import launch, op, witness
+from kernels import compare, launching
+from kernels.norm import op, witness
 
 pytestmark = pytest.mark.gpu
 
@@ -56,4 +56,4 @@ def test_many_rows_and_far_rows():
     near = far.contiguous()
     weight = torch.ones(512, dtype=torch.float16, device="cuda")
     assert torch.equal(op.rms_norm(far, weight), op.rms_norm(near, weight))
-    assert not launch.INTERPRETED
+    assert not launching.INTERPRETED
