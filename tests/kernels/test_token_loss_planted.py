@@ -64,7 +64,7 @@ def right_policy(logits, targets, old, advantages, mask, ref, weights, clip_low,
     value = torch.where(keep, value, zero)
     own = {"token-mean": float(keep.sum().clamp(min=1)), "sum": 1.0, "constant": len(mask) * (length or 0)}
     value = value / n if reduction == "seq-mean" else value
-    loss = value.sum() / (divisor if divisor is not None else own.get(reduction, len(mask)))
+    loss = value.sum() / (divisor if divisor is not None else own.get(reduction, len(mask)) or 1)
     return loss, logp, lse, entropy, torch.where(keep, ratio, zero), torch.where(keep, flag, 0).to(torch.int8), *ks
 """
 
