@@ -19,6 +19,15 @@ def weights_of(stage) -> np.ndarray:
     return np.concatenate([array.reshape(-1) for array in stage.model.state_dict().values()])
 
 
+def mixed_rollout(stage):
+    """A rollout with groups of both kinds: some whose rewards are all equal, some whose are not."""
+    for _ in range(20):
+        rollout = stage.sample()
+        if 0 < rollout.dead.mean() < 1:
+            return rollout
+    raise AssertionError("20 rollouts, and in none of them are some groups dead and some alive")
+
+
 def advantages_of(rollout) -> np.ndarray:
     return grpo_advantage_std(rollout.rewards).astype(np.float32).reshape(-1)
 
@@ -51,21 +60,18 @@ def test_a_short_run_makes_the_policy_right_more_often(policy, task, skill):
 def test_a_step_follows_the_loss_of_all_responses_dead_groups_included(policy, task, reduction):
     """Leaving out responses without advantage, and cutting the rest into shares, changes neither loss nor gradient."""
     stage = stage_of(policy, task, reduction=reduction, threads=3, group=3)
-    rollout = stage.sample()
-    assert 0 < rollout.dead.mean() < 1
+    rollout = mixed_rollout(stage)
     advantages = advantages_of(rollout)
     logprobs = response_logprobs(policy, rollout.prompts, rollout.responses)
-    whole = grpo_loss(
-        logprobs, rollout.old_logprobs - 0.05, advantages, rollout.mask, reduction=reduction, length=task.answer_length
-    ).loss
+    # A ratio of its own for every token: with one for all, the advantages of a group would add up to a loss of zero.
+    drift = np.random.default_rng(7).normal(0.0, 0.1, rollout.old_logprobs.shape).astype(np.float32)
+    old = rollout.old_logprobs - drift
+    whole = grpo_loss(logprobs, old, advantages, rollout.mask, reduction=reduction, length=task.answer_length).loss
     loss, gradients = loss_and_gradients(whole, policy.parameters())
     with stage.threads.running():
-        taken = stage.step(
-            rollout._replace(old_logprobs=rollout.old_logprobs - np.float32(0.05)),
-            advantages,
-            np.arange(len(advantages)),
-        )
-    assert taken["loss"] == pytest.approx(loss, rel=1e-3, abs=1e-6)
+        taken = stage.step(rollout._replace(old_logprobs=old), advantages, np.arange(len(advantages)))
+    assert abs(loss) > 1e-3
+    assert taken["loss"] == pytest.approx(loss, rel=1e-3)
     norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients))
     assert taken["gradient_norm"] == pytest.approx(norm, rel=1e-3)
 
@@ -129,10 +135,9 @@ def test_with_a_penalty_dead_groups_still_pull_towards_the_reference(policy, tas
 @pytest.mark.equation("grpo-dynamic-sampling")
 def test_dropping_dead_groups_changes_the_length_of_the_gradient_and_not_its_direction(policy, task):
     stage = stage_of(policy, task, max_norm=1e9, epochs=1)
-    rollout = stage.sample()
+    rollout = mixed_rollout(stage)
     alive = rollout.groups(live_groups(rollout.rewards))
     share = len(alive.rewards) / len(rollout.rewards)
-    assert 0 < share < 1
     gradients = []
     for some in (rollout, alive):
         logprobs = response_logprobs(policy, some.prompts, some.responses)
