@@ -79,11 +79,11 @@ MERGE_BUGS = {
 }
 
 
-def failures(source, name, expected, tmp_path):
+def failures(source, name, expected, tmp_path, examples=40):
     path = tmp_path / "reader.py"
     path.write_text(source)
     subject = compare.reader_subject("decode", f"{path}:{name}")
-    return compare.compare("decode", subject, examples=8, number=0, properties=sorted(expected))
+    return compare.compare("decode", subject, examples=examples, number=0, properties=sorted(expected))
 
 
 def filled(source, right, wrong):
@@ -112,6 +112,6 @@ def test_a_planted_bug_of_the_merge_is_caught(bug, tmp_path):
 def test_right_implementations_pass_everything(tmp_path):
     everything = {prop.name for prop in compare.registry.load("decode").PROPERTIES}
     for source, right, name in ((SOURCE, RIGHT, "decode_attention"), (MERGE, MERGE_RIGHT, "merge_attention")):
-        outcomes = failures(filled(source, right, {}), name, everything, tmp_path)
+        outcomes = failures(filled(source, right, {}), name, everything, tmp_path, examples=8)
         assert len({outcome.property for outcome in outcomes}) > 5
         assert all(outcome.passed for outcome in outcomes), compare.report(outcomes)
