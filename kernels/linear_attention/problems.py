@@ -124,10 +124,11 @@ def scales(problem: Problem) -> list[Scale]:
     behind = d_last[:, :, None] + np.cumsum((q[..., None] * g[..., None, :])[:, :, ::-1], axis=2)[:, :, ::-1]
     weights = d_z[:, :, None] + np.cumsum((q * reaching)[:, :, ::-1], axis=2)[:, :, ::-1]
     found = {
-        "o": o, "last": sums[:, :, -1], "last_z": norms[:, :, -1],
+        "o": o, "last": state + np.einsum("bhlm,bhlv->bhmv", k, v), "last_z": z + k.sum(2),
         "dq": np.einsum("bhlmv,bhlv->bhlm", sums, g) + norms * reaching,
         "dk": np.einsum("bhlmv,bhlv->bhlm", behind, v) + weights,
-        "dv": np.einsum("bhlmv,bhlm->bhlv", behind, k), "dstate": behind[:, :, 0], "dnormaliser": weights[:, :, 0],
+        "dv": np.einsum("bhlmv,bhlm->bhlv", behind, k), "dstate": d_last + np.einsum("bhlm,bhlv->bhmv", q, g),
+        "dnormaliser": d_z + (q * reaching).sum(2),
     }  # fmt: skip
     count = max(i["q"].shape[2] + i["q"].shape[3], 1)
     coarse = SPACING[problem.dtype] / SPACING["float32"] if problem.dtype != "float32" else 0.0

@@ -134,7 +134,7 @@ def linear_attention_recurrent(
         z = z + phi_k[:, :, t]  # (B, H, d_phi)
         q = phi_q[:, :, now]  # (B, H, 1, d_phi)
         outputs.append((q @ S) / (q @ z.unsqueeze(-1) + eps))
-    return cat(outputs, axis=2), S, z
+    return cat(outputs, axis=2) if outputs else v, S, z  # no tokens: v has the shape of their output
 
 
 def _example_chunked(rng):
@@ -172,7 +172,7 @@ def linear_attention_chunked(
         total = inside.sum(-1, keepdims=True) + q @ z.unsqueeze(-1)  # (B, H, C, 1)
         outputs.append((inside @ value + q @ S) / (total + eps))
         S, z = S + k.T @ value, z + k.sum(2)
-    return cat(outputs, axis=2), S, z
+    return cat(outputs, axis=2) if outputs else v, S, z  # no tokens: v has the shape of their output
 
 
 def _start(state, normaliser, phi_k, v) -> tuple[Tensor, Tensor]:

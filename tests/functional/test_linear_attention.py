@@ -68,6 +68,18 @@ def test_the_state_carries_everything_from_one_part_to_the_next(chunked, seed, c
     np.testing.assert_allclose(np.concatenate([first.data, second.data], axis=2), whole, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.equation("linear-attention-causal")
+def test_no_tokens_leave_the_state_as_it_was():
+    nothing = Tensor(np.zeros((2, 3, 0, 4)))
+    state, normaliser = Tensor(np.ones((2, 3, 4, 4))), Tensor(np.ones((2, 3, 4)))
+    for form in (forms.linear_attention_recurrent, forms.linear_attention_chunked, fused_chunked):
+        out, after, total = form(nothing, nothing, nothing, state, normaliser)
+        assert out.shape == (2, 3, 0, 4)
+        np.testing.assert_array_equal(after.data, state.data)
+        np.testing.assert_array_equal(total.data, normaliser.data)
+        np.testing.assert_array_equal(form(nothing, nothing, nothing)[1].data, 0.0)
+
+
 @CHUNKED
 @pytest.mark.equation("linear-attention-causal")
 def test_the_state_has_the_same_size_for_any_length_and_the_past_does_not_see_the_future(chunked):
