@@ -4,6 +4,7 @@ A setting's name is the option's without dashes; what belongs to the model, to t
 the fields of `Config`, `TrainingConfig` and `DataSettings`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -48,7 +49,15 @@ def preset_for(data: str) -> str:
 def settings_from(chosen: Mapping[str, Any], preset: str) -> dict[str, Any]:
     """A preset with the chosen settings over it; the window that is trained on fills the context."""
     settings = {**PRESETS[preset], **chosen}
+    if "warmup_steps" not in chosen:
+        settings |= shortened(PRESETS[preset], settings["steps"])
     return {**settings, "n_ctx": settings["context"]}
+
+
+def shortened(settings: Mapping[str, Any], steps: int) -> dict[str, int]:
+    """Steps and warm-up of a run that is cut to fewer steps: the warm-up keeps its share of them."""
+    share = min(1.0, max(0, steps) / settings["steps"])
+    return {"steps": steps, "warmup_steps": math.ceil(settings["warmup_steps"] * share)}
 
 
 def data_settings(settings: Mapping[str, Any]) -> DataSettings:

@@ -110,8 +110,10 @@ def prepare(args: argparse.Namespace, kind: Callable[..., Trainer] = Trainer) ->
     model = presets.model_config(settings, corpus.vocab_size)
     if args.minutes is not None:
         require(not args.resume, "train", "--minutes", "left out with --resume", args.minutes)
-        settings["steps"] = min(settings["steps"], steps_in(args.minutes, model, training, data, corpus, kind))
-        settings["warmup_steps"] = min(settings.get("warmup_steps", 0), settings["steps"])
+        fitting = min(settings["steps"], steps_in(args.minutes, model, training, data, corpus, kind))
+        settings |= presets.shortened(settings, fitting)
+        if "warmup_steps" in chosen:
+            settings["warmup_steps"] = min(chosen["warmup_steps"], fitting)
         training = presets.training_config(settings)
     look = corpus.held_out[:LOOK_TOKENS]
     n_bytes = len(corpus.tokenizer.decode_bytes(look)) if corpus.tokenizer is not None else None

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from minillm.cli import main
+from minillm.cli import main, presets
 from minillm.cli.generate import add_parser
 from minillm.training.checkpoint import checkpoints_in, latest_checkpoint, read_checkpoint
 from minillm.training.restore import load_model
@@ -124,6 +124,24 @@ def test_more_minutes_than_the_steps_need_change_nothing(tmp_path, text):
     options = ["--preset", "tiny", "--d-model", 8, "--layers", 1, "--heads", 1, "--context", 8, "--batch-size", 2]
     assert main(["train", "--out", str(tmp_path), *map(str, options), "--data", str(text), "--minutes", "60"]) == 0
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["training"]["steps"] == 300
+
+
+def test_a_run_cut_short_warms_up_for_the_same_share_of_it(tmp_path, text):
+    """`--steps 4` alone must work: the preset's warm-up is for the preset's number of steps."""
+    short = " ".join(SMALL).replace("--steps 12 --warmup-steps 2", "").split()
+    run = ["train", "--data", str(text), *short, "--preset", "tiny"]  # 300 steps, of which 20 to warm up
+
+    def settings(folder):
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["training"]
+
+    assert main([*run, "--out", str(tmp_path / "cut"), "--steps", "4"]) == 0
+    assert (settings(tmp_path / "cut")["steps"], settings(tmp_path / "cut")["warmup_steps"]) == (4, 1)
+    assert presets.settings_from({"steps": 150}, "tiny")["warmup_steps"] == 10
+    assert presets.settings_from({"steps": 3000}, "tiny")["warmup_steps"] == 20
+    assert presets.settings_from({"steps": 150, "warmup_steps": 20}, "tiny")["warmup_steps"] == 20
+    assert main([*run, "--out", str(tmp_path / "timed"), "--minutes", "0.005"]) == 0
+    timed = settings(tmp_path / "timed")
+    assert timed["warmup_steps"] == -(-20 * timed["steps"] // 300)
 
 
 def test_a_learnt_tokenizer_is_saved_with_the_model(tmp_path, text):
