@@ -50,7 +50,8 @@ def multi_head_attention(
     Raises: ValueError if widths or heads do not belong together.
     Source: bridging §1.2; notes §4.1, §4.5 (9)-(11).
     """
-    q, k, v = split_heads(z @ w_q.T, H), split_heads(x @ w_k.T, H_kv or H), split_heads(x @ w_v.T, H_kv or H)
+    H_kv = H if H_kv is None else H_kv
+    q, k, v = split_heads(z @ w_q.T, H), split_heads(x @ w_k.T, H_kv), split_heads(x @ w_v.T, H_kv)
     return merge_heads(scaled_dot_product_attention(q, k, v, keep)) @ w_out.T
 
 

@@ -119,6 +119,10 @@ w = np.zeros((6, 4))
         (lambda: mh.pool_heads(w, 4, 2), r"pool_heads: w must be of shape \(H d_head, d_model\) with H = 4"),
         (lambda: mh.pool_heads(w, 3, 2), "pool_heads: H_kv must be a divisor of H = 3, got 2"),
         (lambda: mh.pool_heads(w, 0, 2), "pool_heads: H must be a positive integer, got 0"),
+        (
+            lambda: mh.multi_head_attention(*(Tensor(np.zeros((1, 2, 4))),) * 2, *(Tensor(np.zeros((4, 4))),) * 4, H=2, H_kv=0),
+            "H must be a positive integer, got 0",
+        ),
         (lambda: mh.head_cost(1, 2, 7, 2), "head_cost: H must be a divisor of d_model = 7, got 2"),
         (lambda: mh.head_cost(1, 0, 8, 2), "head_cost: L must be a positive integer, got 0"),
         (lambda: mh.draw_dropped((2,), 1.0, np.random.default_rng(0)), r"draw_dropped: the rate must be in \[0, 1\), got 1.0"),
