@@ -32,7 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     compile_.add_argument("--thorough", action="store_true", help="every configuration that is shipped")
 
     bench = commands.add_parser("bench", help="time on a GPU beside torch, torch.compile and Liger")
-    bench.add_argument("--out", metavar="PATH", help="where the results go (default: kernels/results/)")
+    bench.add_argument(
+        "--out", metavar="PATH", help="one file for all results (default: one a family, in kernels/results/)"
+    )
+    bench.add_argument("--seconds", type=_positive, help="how long all families together may take (default 480)")
     bench.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
     bench.add_argument("--sweep", action="store_true", help="time other tile sizes instead, to choose better ones")
 
@@ -160,22 +163,14 @@ def _bench(options: argparse.Namespace, families: Sequence[str], arguments: Sequ
     optional_import("triton", "kernels")
     from kernels import bench
 
-    rows = []
-    for family in families:
-        if options.sweep:
-            rows += bench.sweep(family)
-            continue
-        try:
-            measured, path = bench.bench(family, quick=options.quick, out=options.out, say=_say)
-        except bench.WrongResults as error:
-            if options.json:
-                print("[]")
-            _say(str(error))
-            return 1
-        rows += measured
-        _say(f"written to {path}")
+    if options.sweep:
+        rows, faults = [row for family in families for row in bench.sweep(family, _say)], []
+    else:
+        rows, faults = bench.bench(families, options.quick, options.out, options.seconds or bench.SECONDS, _say)
     print(json.dumps(rows, indent=1) if options.json else bench.report(rows))
-    return 0
+    for fault in faults:
+        _say(fault)
+    return 1 if faults else 0
 
 
 def _train(arguments: Sequence[str]) -> int:

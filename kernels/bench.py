@@ -6,16 +6,22 @@ flush is long enough to hide the host's part of the launch; times come from GPU 
 ours / peer: low is good. ``limit`` is the time that the compulsory bytes of the case take at the measured copy rate,
 or its operations at the measured rate of a large bf16 matrix product, whichever is longer, and ``of_limit`` the
 share of it reached.
+
+A GPU is lent for minutes, so nothing may cost a run what it has found: rows are written as each case ends, a peer or
+a case that fails is said and left out, every family has its share of the time, and what it leaves unused goes on to
+those behind it.
 """
 
+import gc
 import json
 import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +29,12 @@ import torch
 import triton
 
 from kernels import aot, bench_figure, registry
+from kernels.timing import Ceilings, GpuClock, measured_ceilings, take_turns
 
 RESULTS = Path(__file__).parent / "results"
-FLUSH_BYTES = 1 << 30
-COPY_BYTES = 1 << 30  # read, and as much written
-FLUSH_SECONDS = 5e-4  # about what emptying the cache takes
-SECONDS = 480  # for all families together
-PRODUCT = 8192  # rows and columns of the matrices whose product is the other ceiling
+SECONDS = 480.0  # for all families together
+SHARES = {"attention": 5, "token_loss": 4, "experts": 3, "norm": 3, "decode": 2}  # of that time; the others take 1
+AGREE = 2e-2  # how far a peer's results may be from ours, as a share of their size: bf16 rounds to 4e-3
 
 
 class WrongResults(RuntimeError):
@@ -41,6 +46,7 @@ class Case:
     """One thing to time: calls without arguments by contender (``ours`` among them), and what must move or be computed.
 
     ``flush`` empties the cache before each call: right where memory is the bound, a waste where products are.
+    ``line`` and ``size`` are for the figures over size: cases of one line differ in their size alone.
     """
 
     name: str
@@ -49,101 +55,30 @@ class Case:
     contenders: Mapping[str, Callable[[], Any]]
     flops: int = 0
     flush: bool = True
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What nothing on this machine goes beyond: calls that copy and multiply, with their bytes and operations."""
-
-    copy: Callable[[], Any]
-    copy_bytes: int
-    product: Callable[[], Any] | None = None
-    product_flops: int = 0
-
-
-class GpuClock:
-    """Times calls on the GPU, with the cache flushed before each."""
-
-    def __init__(self, device: str = "cuda"):
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def times(self, call: Callable[[], Any], repeats: int, flush: bool = True) -> list[float]:
-        """Seconds of each of ``repeats`` calls."""
-        events = []
-        for _ in range(repeats):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if flush:
-                self.flush.zero_()
-            start.record()
-            call()
-            stop.record()
-            events.append((start, stop))
-        torch.cuda.synchronize()
-        return [start.elapsed_time(stop) * 1e-3 for start, stop in events]
-
-    def memory(self, call: Callable[[], Any]) -> float:
-        """MiB that a call needs at its peak beyond what was there before it, its results included."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        held = call()  # noqa: F841 (alive until the peak is read)
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-class WallClock:
-    """Times calls on the host: for trying the machinery out where there is no GPU."""
-
-    def memory(self, call: Callable[[], Any]) -> None:
-        """Not known on the host."""
-
-    def times(self, call: Callable[[], Any], repeats: int, flush: bool = True) -> list[float]:
-        """Seconds of each of ``repeats`` calls; there is no cache to flush."""
-        found = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - start)
-        return found
-
-
-def take_turns(
-    contenders: Mapping[str, Callable[[], Any]], clock: Any, blocks: int, repeats: int, flush: bool = True,
-    seconds: float = float("inf"),
-) -> dict[str, list[float]]:  # fmt: skip
-    """The median of every block for every contender; who goes first changes from block to block.
-
-    Fewer repeats than asked for are made where the blocks would take longer than ``seconds``.
-    """
-    names = list(contenders)
-    once = sum(clock.times(call, 2)[-1] for call in contenders.values())  # compilation and first touches
-    round_seconds = blocks * (once + FLUSH_SECONDS * len(names) * flush)
-    repeats = max(1, int(min(repeats, seconds / round_seconds)))
-    medians: dict[str, list[float]] = {name: [] for name in names}
-    for block in range(blocks):
-        for name in names[block % len(names) :] + names[: block % len(names)]:
-            medians[name].append(statistics.median(clock.times(contenders[name], repeats, flush)))
-    return medians
+    line: str = ""
+    size: int = 0
 
 
 def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str,
-            blocks: int = 7, repeats: int = 9, seconds: float = float("inf")) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of one case: one for every peer, or a single one without a peer."""
-    contenders = {**case.contenders, "copy": ceilings.copy}
+            blocks: int = 7, repeats: int = 9, seconds: float = float("inf"),
+            say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one case: one for every peer, or a single one without a peer; a peer that fails is left out."""
+    calls = runnable(case, clock, say)
+    contenders = {**calls, "copy": ceilings.copy}
     if case.flops and ceilings.product is not None:
         contenders["product"] = ceilings.product
     medians = take_turns(contenders, clock, blocks, repeats, case.flush, seconds)
-    memory = {name: clock.memory(call) for name, call in case.contenders.items()}
+    memory = {name: clock.memory(call) for name, call in calls.items()}
     ours = statistics.median(medians["ours"])
     rate = ceilings.copy_bytes / statistics.median(medians["copy"])
     flop_rate = ceilings.product_flops / statistics.median(medians["product"]) if "product" in medians else None
     limit = max(case.bytes / rate, case.flops / flop_rate if flop_rate else 0.0)
     rows = []
-    for peer in [name for name in case.contenders if name != "ours"] or [None]:
+    for peer in [name for name in calls if name != "ours"] or [None]:
         row = {"family": family, "case": case.name, "dtype": case.dtype, "ours_s": ours, "peer": peer,
                "peer_s": None, "ratio": None, "limit": limit, "of_limit": limit / ours, "device": device,
                "bytes": case.bytes, "flops": case.flops, "copy_bytes_per_s": rate,
-               "product_flops_per_s": flop_rate, "peer_of_limit": None,
+               "product_flops_per_s": flop_rate, "peer_of_limit": None, "line": case.line, "size": case.size,
                "ours_mib": memory["ours"], "peer_mib": memory[peer] if peer else None}  # fmt: skip
         if peer is not None:
             row["peer_s"] = statistics.median(medians[peer])
@@ -153,41 +88,158 @@ def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str
     return rows
 
 
-def measured_ceilings(device: str, copy_bytes: int = COPY_BYTES, size: int = PRODUCT) -> Ceilings:
-    """The copy of a large buffer and the product of two large bf16 matrices, to be timed beside every case."""
-    source = torch.empty(copy_bytes, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return Ceilings(lambda: target.copy_(source), 2 * copy_bytes, lambda: a @ b, 2 * size**3)
+def runnable(case: Case, clock: Any, say: Callable[[str], None]) -> dict[str, Callable[[], Any]]:
+    """The contenders that get through a first call (which compiles them); without ours there is no case."""
+    found = {}
+    for name, call in case.contenders.items():
+        try:
+            clock.times(call, 1)
+        except Exception as error:
+            if name == "ours":
+                raise
+            say(f"{name} {case.name}: left out ({brief(error)})")
+            continue
+        found[name] = call
+    return found
+
+
+def alike(found: Any, wanted: Any) -> bool:
+    """Whether a peer computes what we do: of the same shapes, and apart by a small share of their size."""
+    a, b = ([t for t in (r if isinstance(r, tuple | list) else (r,)) if t is not None] for r in (found, wanted))
+    return len(a) == len(b) and all(x.shape == y.shape and _near(x.float(), y.float()) for x, y in zip(a, b))
+
+
+def _near(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return bool((x - y).norm() <= AGREE * y.norm() + 1e-6)
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:100]}"
+
+
+def made(cases: Iterator[Case], what: str) -> Iterator[Case]:
+    """Cases that are made one by one. Where making one fails, a case comes instead that fails with the same error when it
+    is called, and those behind it are left out: what other shapes there are can still be measured."""
+    try:
+        yield from cases
+    except Exception as error:
+        yield Case(what, "", 0, {"ours": partial(_fail, brief(error))})
+
+
+def _fail(text: str) -> None:
+    raise RuntimeError(f"could not be made: {text}") from None
 
 
 def bench(
-    family: str, quick: bool = False, out: str | None = None, say: Callable[[str], None] = lambda text: None
-) -> tuple[list[dict[str, Any]], Path]:
-    """All cases of a family on this GPU; the rows, and the file they were written to."""
+    families: Sequence[str], quick: bool = False, out: str | None = None, seconds: float = SECONDS,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
+    """All cases of some families on this GPU, within ``seconds``: their rows, and what went wrong.
+
+    Rows are written as they come: to ``out``, one file for all, or to a file a family in `RESULTS`.
+    """
+    finish = time.monotonic() + seconds
     clock, device, ceilings = GpuClock(), torch.cuda.get_device_name(), measured_ceilings("cuda")
-    wrong = {name: count for name, count in registry.load_part(family, "witness").witnesses("cuda") if count}
-    if wrong:  # nothing wrong is timed
-        raise WrongResults(f"{family}: wrong results on {device}, ptxas {aot.assembler_version()}: {wrong}")
-    rows, deadline = [], time.monotonic() + SECONDS / len(registry.FAMILIES)
-    for case in registry.load_part(family, "benchmark").cases("cuda", quick, say):
-        left = max(deadline - time.monotonic(), 0.0)
-        found = measure(family, case, clock, ceilings, device, *((3, 5) if quick else (7, 9)), seconds=left / 4)
-        rows += found
-        say(line(found[0]))
-    path = write(rows, out or RESULTS / f"{family}_{slug(device)}.json")
-    say(f"figure: {bench_figure.draw(rows, f'figures/kernels_{family}_{slug(device)}.png')}")
-    return rows, path
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    waiting = sorted(families, key=lambda family: -SHARES.get(family, 1))
+    while waiting:
+        share = SHARES.get(waiting[0], 1) / sum(SHARES.get(family, 1) for family in waiting)
+        family = waiting.pop(0)
+        now = time.monotonic()
+        run = FamilyRun(family, clock, ceilings, device, now + share * max(finish - now, 0.0), quick, say)
+        try:
+            for found in run.cases():
+                rows += found
+                if out:
+                    write(rows, out)
+                else:
+                    write([row for row in rows if row["family"] == family], RESULTS / f"{family}_{slug(device)}.json")
+        except Exception as error:
+            run.faults.append(f"{family}: {error if isinstance(error, WrongResults) else brief(error)}")
+        faults += run.faults
+        if mine := [row for row in rows if row["family"] == family]:
+            say(f"figure: {bench_figure.draw(mine, f'figures/kernels_{family}_{slug(device)}.png')}")
+        if not alive():
+            faults.append(f"the GPU no longer answers after {family}; not measured: {', '.join(waiting) or 'nothing'}")
+            break
+        release()
+    return rows, faults
 
 
-def sweep(family: str) -> list[dict[str, Any]]:
-    """Times of other launch sizes, best first for every case."""
+@dataclass
+class FamilyRun:
+    """One family's turn, and what went wrong in it."""
+
+    family: str
+    clock: Any
+    ceilings: Ceilings
+    device: str
+    until: float
+    quick: bool
+    say: Callable[[str], None]
+
+    def __post_init__(self):
+        self.faults: list[str] = []
+
+    def cases(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows of every case, until there are no more or no time is left. Nothing wrong is timed."""
+        witnesses = registry.load_part(self.family, "witness").witnesses("cuda", short=True)
+        wrong = {name: count for name, count in witnesses if count}
+        if wrong:
+            raise WrongResults(f"wrong results on {self.device}, ptxas {aot.assembler_version()}: {wrong}")
+        for case in registry.load_part(self.family, "benchmark").cases("cuda", self.quick, self.say):
+            left = self.until - time.monotonic()
+            if left <= 0:
+                self.say(f"{self.family}: no time left for {case.name} and what follows; not measured")
+                return
+            how = (3, 5) if self.quick else (7, 9)
+            try:
+                found = measure(self.family, case, self.clock, self.ceilings, self.device, *how, left / 4, self.say)
+            except Exception as error:
+                self.faults.append(f"{case.name}: not measured ({brief(error)})")
+                if not alive():
+                    return
+                continue
+            for row in found:
+                self.say(line(row))
+            yield found
+
+
+def release() -> None:
+    """Give back the memory of what is no longer used, before the next family needs it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def alive() -> bool:
+    """Whether the GPU still answers: after an illegal access nothing does."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def sweep(family: str, say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """Times of other launch sizes, best first for every case; sizes that do not fit the machine are left out."""
     clock, rows = GpuClock(), []
-    for case in registry.load_part(family, "benchmark").sweep_cases("cuda"):
-        medians = take_turns(case.contenders, clock, 5, 7)
-        for name, times in sorted(medians.items(), key=lambda item: statistics.median(item[1])):
-            rows.append({"family": family, "case": f"{case.name} {name}", "dtype": case.dtype, "peer": None,
-                         "ours_s": statistics.median(times), "bytes_per_s": case.bytes / statistics.median(times)})  # fmt: skip
+    for case in made(registry.load_part(family, "benchmark").sweep_cases("cuda"), f"{family}, another launch size"):
+        try:
+            medians = take_turns(runnable(case, clock, say), clock, 5, 7)
+        except Exception as error:
+            say(f"{case.name}: left out ({brief(error)})")
+            continue
+        found = [
+            {"family": family, "case": f"{case.name} {name}", "dtype": case.dtype, "peer": None,
+             "ours_s": statistics.median(times), "bytes_per_s": case.bytes / statistics.median(times)}
+            for name, times in sorted(medians.items(), key=lambda item: statistics.median(item[1]))
+        ]  # fmt: skip
+        rows += found
+        for row in found[:1]:
+            say(line(row))
     return rows
 
 

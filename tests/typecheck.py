@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from beartype import BeartypeConf, beartype
 from jaxtyping import config, install_import_hook
+
+from minillm.checks import optional_import
 
 # Everything but the tape: its methods run a hundred times for one call of the rest and carry no shapes.
 CHECKED = [
@@ -20,7 +21,7 @@ CHECKED = [
     for package in ("data", "functional", "optim", "fused", "nn", "models", "decoding", "training", "alignment")
 ]
 
-_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is fine where a float is wanted
+_checkers: list[Callable] = []  # beartype's decorator, once it is wanted
 
 
 def check_after_the_call(stub: Callable) -> Callable:
@@ -31,7 +32,7 @@ def check_after_the_call(stub: Callable) -> Callable:
     """
     parameters = inspect.signature(stub).parameters.values()
     takes_result = any(p.kind is p.KEYWORD_ONLY and re.fullmatch(r"ret\d+", p.name) for p in parameters)
-    return _beartype(stub) if takes_result else stub
+    return _checkers[0](stub) if takes_result else stub
 
 
 @contextmanager
@@ -46,6 +47,10 @@ def suspended() -> Iterator[None]:
 
 
 def install() -> None:
-    """Instrument what is imported from now on; MINILLM_TYPECHECK=0 in the environment switches it off."""
+    """Instrument what is imported from now on; MINILLM_TYPECHECK=0 in the environment switches it off, and beartype
+    need not be there then (a machine with a GPU that is only lent may not have it)."""
     if os.environ.get("MINILLM_TYPECHECK", "1") != "0":
+        beartype = optional_import("beartype", "dev")
+        conf = beartype.BeartypeConf(is_pep484_tower=True)  # an int is fine where a float is wanted
+        _checkers[:] = [beartype.beartype(conf=conf)]
         install_import_hook(CHECKED, "tests.typecheck.check_after_the_call")

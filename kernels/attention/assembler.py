@@ -3,7 +3,8 @@ r"""Whether the assembler of this machine may be trusted with these kernels: a m
 On Hopper (compute capability 9.0) the product of probabilities and values takes the probabilities from registers
 while it runs on its own. Assemblers (ptxas) before 13.3 reuse such registers too early, so results can be wrong
 without any sign. Triton 3.6 and 3.7 bring ptxas 12.8, Triton 3.9 brings 13.4. Where the assembler is older, the exact
-problems of `witness.py` are solved once, before the first call, and a wrong element refuses every further one.
+problems of `witness.py` are solved once for each dtype and pair of head widths, with the kernels that the first call of
+its kind needs anyway, and a wrong element refuses every further one. Float32 is multiplied without those instructions.
 """
 
 import functools
@@ -44,7 +45,7 @@ _solving = False  # the witnesses call the kernels themselves
 
 
 @functools.cache
-def _witnessed(index: int) -> tuple[str, dict[str, int]]:
+def _witnessed(index: int, dtype: torch.dtype, d: int, d_v: int) -> tuple[str, dict[str, int]]:
     """The assembler's version and the exact problems that come out wrong on this GPU (none where it is trusted)."""
     global _solving
     assembler = aot.assembler_version()
@@ -52,15 +53,16 @@ def _witnessed(index: int) -> tuple[str, dict[str, int]]:
         return assembler, {}
     _solving = True
     try:
-        return assembler, {name: count for name, count in witness.witnesses(f"cuda:{index}", short=True) if count}
+        found = witness.of_kind(f"cuda:{index}", dtype, d, d_v)
+        return assembler, {name: count for name, count in found if count}
     finally:
         _solving = False
 
 
-def require_safe(where: str, device: torch.device) -> None:
-    """Raise RuntimeError where the kernels have been seen to be wrong on this device."""
-    if _solving or torch.compiler.is_compiling() or torch.version.hip:
+def require_safe(where: str, device: torch.device, dtype: torch.dtype, d: int, d_v: int) -> None:
+    """Raise RuntimeError where kernels for this dtype and these head widths have been seen to be wrong on this device."""
+    if _solving or torch.compiler.is_compiling() or torch.version.hip or dtype == torch.float32:
         return
-    assembler, wrong = _witnessed(device.index or 0)
+    assembler, wrong = _witnessed(device.index or 0, dtype, max(d, 16), max(d_v, 16))
     if wrong:
         raise RuntimeError(refusal(where, assembler, wrong))

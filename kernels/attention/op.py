@@ -126,7 +126,7 @@ def _checked(
     require(0 < scale < math.inf, where, "scale", "a positive number", scale)
     require(softcap is None or 0 < softcap < math.inf, where, "softcap", "a positive number, or None", softcap)
     if not INTERPRETED:
-        require_safe(where, q.device)
+        require_safe(where, q.device, q.dtype, d, v.shape[3])
     key_lengths, prefix = (None if t is None else t.contiguous() for t in (key_lengths, prefix))
     starts_q, starts_k = starts or (None, None)
     operands = (

@@ -21,24 +21,33 @@ from kernels.problem import mismatches
 SCALE = 32 * math.log(2.0)
 SMALL = Plan(Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1))
 WIDTHS_GPU = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128), (40, 24))
+WIDTHS_TIMED = WIDTHS_GPU[:3]
+LENGTHS = ((512, 512), (300, 777))  # of queries and keys, on a GPU
 MASKS = ("full", "causal", "window", "prefix", "padding", "packed")
 
 
 def witnesses(device: str, short: bool = False) -> Iterator[tuple[str, int]]:
     """The name of each exact problem and how many elements of its results are wrong.
 
-    ``short`` takes 16-bit full and causal ones alone: what a first call can wait for.
+    ``short``, on a GPU: what the benchmark is about to time alone.
     """
     if device == "cpu":
         for mask in MASKS:
             for dtype in (torch.float32,) if mask != "causal" else (torch.float32, torch.float16):
                 yield f"{mask} 24/16 {dtype} in small tiles", wrong(device, mask, 24, 16, dtype, (20, 37), 2, SMALL)
         return
-    for d, d_v in WIDTHS_GPU[: 3 if short else None]:
-        for dtype in (torch.float16, torch.bfloat16) if short else (torch.float32, torch.float16, torch.bfloat16):
-            for mask in MASKS[: 2 if short else None]:
-                for lengths in ((512, 512),) if short else ((512, 512), (300, 777)):
-                    yield f"{mask} {d}/{d_v} {dtype} {lengths}", wrong(device, mask, d, d_v, dtype, lengths, 4)
+    for d, d_v in WIDTHS_TIMED if short else WIDTHS_GPU:
+        for dtype in (torch.bfloat16,) if short else (torch.float32, torch.float16, torch.bfloat16):
+            yield from of_kind(device, dtype, d, d_v, MASKS[:2] if short else MASKS, LENGTHS[: 1 if short else None])
+
+
+def of_kind(
+    device: str, dtype: torch.dtype, d: int, d_v: int, masks: tuple[str, ...] = MASKS[:2], lengths=((512, 512),)
+) -> Iterator[tuple[str, int]]:
+    """The exact problems of one dtype and pair of head widths on a GPU, by default what a first call can wait for."""
+    for mask in masks:
+        for pair in lengths:
+            yield f"{mask} {d}/{d_v} {dtype} {pair}", wrong(device, mask, d, d_v, dtype, pair, 4)
 
 
 def wrong(

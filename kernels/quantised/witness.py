@@ -15,11 +15,15 @@ SMALL = Tile(16, 16, 16, 1)
 LEVEL = {-1: 0, 0: 7, 1: 15}  # the codes of these levels
 
 
-def witnesses(device: str) -> Iterator[tuple[str, int]]:
-    """The name of each exact problem and how many elements of its results are wrong."""
+def witnesses(device: str, short: bool = False) -> Iterator[tuple[str, int]]:
+    """The name of each exact problem and how many elements of its results are wrong.
+
+    ``short``, on a GPU: what the benchmark is about to time alone.
+    """
     gpu = device != "cpu"
-    for n, k in SHAPES_GPU if gpu else SHAPES:
-        for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if gpu else [])):
+    dtypes = (torch.float32, torch.float16, *([torch.bfloat16] if gpu else []))
+    for n, k in SHAPES_GPU[3 if short else 0 :] if gpu else SHAPES:
+        for dtype in dtypes[2:] if short and gpu else dtypes:
             for kind in FORMATS:
                 for rows in (5, 130) if gpu else (5, 17):
                     name = f"{kind} {rows}x{k} by {n} {dtype}"

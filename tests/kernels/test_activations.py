@@ -6,7 +6,8 @@ import torch
 
 from kernels import compare, registry
 from kernels.activations import benchmark, config, launch, op, traffic, witness
-from kernels.bench import Ceilings, WallClock, measure
+from kernels.bench import measure
+from kernels.timing import Ceilings, WallClock
 
 pytestmark = [
     pytest.mark.equation("swiglu", "geglu", "silu", "gelu", "glu-split"),

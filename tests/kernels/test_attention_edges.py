@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kernels.attention import assembler, benchmark, config, launch, op, traffic, witness
-from kernels.bench import WallClock, measured_ceilings
 from kernels.bench import measure as measure_case
+from kernels.timing import WallClock, measured_ceilings
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: test_attention_gpu.py")
 
@@ -207,11 +207,24 @@ def test_old_assemblers_are_not_trusted_on_hopper(capability, version, wanted):
 
 
 def test_a_wrong_witness_refuses_and_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(assembler, "_witnessed", lambda index: ("12.8.93", {"causal 128/128": 7}))
+    monkeypatch.setattr(assembler, "_witnessed", lambda *kind: ("12.8.93", {"causal 128/128": 7}))
     with pytest.raises(RuntimeError, match=r"attention: the kernels give wrong results.*TRITON_PTXAS_PATH"):
-        assembler.require_safe("attention", torch.device("cuda", 0))
-    monkeypatch.setattr(assembler, "_witnessed", lambda index: ("12.8.93", {}))
-    assembler.require_safe("attention", torch.device("cuda", 0))
+        assembler.require_safe("attention", torch.device("cuda", 0), torch.bfloat16, 128, 128)
+    assembler.require_safe("attention", torch.device("cuda", 0), torch.float32, 128, 128)  # has no such instructions
+    monkeypatch.setattr(assembler, "_witnessed", lambda *kind: ("12.8.93", {}))
+    assembler.require_safe("attention", torch.device("cuda", 0), torch.bfloat16, 128, 128)
+
+
+def test_what_a_call_needs_is_witnessed_once_and_nothing_else(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(assembler.aot, "assembler_version", lambda: "12.8.93")
+    monkeypatch.setattr(witness, "wrong", lambda device, mask, d, *rest: asked.append((device, mask, d)) or 0)
+    assembler._witnessed.cache_clear()
+    for d in (4, 96, 96):
+        assembler.require_safe("attention", torch.device("cuda", 1), torch.float16, d, 64)
+    assembler._witnessed.cache_clear()
+    assert asked == [("cuda:1", mask, d) for d in (16, 96) for mask in ("full", "causal")]
 
 
 # ---- configuration and traffic are pure functions

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from kernels import compare, registry
-from kernels.bench import Ceilings, WallClock, measure
+from kernels.bench import measure
 from kernels.rope import benchmark, config, launch, op, traffic, witness
+from kernels.timing import Ceilings, WallClock
 from minillm.functional.positions import rotation_angles
 
 pytestmark = [
