@@ -24,13 +24,15 @@ def check_attention(q, k, v) -> int:
     require(k.ndim == 4 and k.shape[0] == q.shape[0], name, "k", f"of shape (B={q.shape[0]}, H_kv, L_k, d_head)", k)
     require(k.shape[-1] == q.shape[-1], name, "the width of k", f"that of q, {q.shape[-1]}", k)
     require(v.shape[:-1] == k.shape[:-1], name, "v", f"of shape {(*k.shape[:-1], 'd_v')}", v)
-    require(q.shape[1] % k.shape[1] == 0, name, "H_kv", f"a divisor of H = {q.shape[1]}", f"{k.shape[1]}")
+    divides = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    require(divides, name, "H_kv", f"a divisor of H = {q.shape[1]}", f"{k.shape[1]}")
     return q.shape[1] // k.shape[1]
 
 
 @written("repeat_heads", example=lambda rng: ((rng.normal(size=(2, 2, 3, 2)), int(rng.integers(1, 4))), {}))
 def repeat_heads(x: Tensor, times: int) -> Tensor:
     """Give every query head its key/value head: head h reads group h // times."""
+    require(x.ndim == 4, "repeat_heads", "x", "of shape (B, H_kv, L, d_head)", x)
     if times == 1:
         return x
     B, H_kv, L, d = x.shape

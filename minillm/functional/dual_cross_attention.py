@@ -54,6 +54,7 @@ def spread_patches(tokens: Float[Tensor, "B P C"], height: int, width: int) -> F
     Raises: ValueError unless P is a square whose root divides height and width.
     Source: notes §4.9 (heading); Ates, Mohan and Celik 2023.
     """
+    require(tokens.ndim == 3, "spread_patches", "the tokens", "of shape (B, P, C)", tokens)
     B, P, C = tokens.shape
     grid = int(np.sqrt(P))
     fits = grid * grid == P and height % grid == 0 and width % grid == 0

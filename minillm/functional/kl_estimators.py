@@ -12,13 +12,15 @@ $=D_{\rm KL}(\pi_\theta\Vert\pi_{\rm ref})$ and forward $=D_{\rm KL}(\pi_{\rm re
 On samples of an older policy each needs the importance ratio, see `kl_estimator_is`.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
 from minillm.autograd import Tensor, as_tensor
 from minillm.autograd import primitives as ops
 from minillm.autograd.registry import written
-from minillm.checks import require_one_of
+from minillm.checks import require, require_one_of
 from minillm.functional.frozen import Array, frozen
 
 
@@ -36,16 +38,24 @@ def _example_is(rng):
     return (logprobs,), {"ref_logprobs": ref, "old_logprobs": rng.normal(size=ref.shape), **kind}
 
 
+def _log_ratio(name: str, upper: Any, lower: Any) -> Tensor:
+    """The difference of two log-probs of the same tokens; other shapes would be stretched without a word."""
+    upper, lower = as_tensor(upper), as_tensor(lower)
+    require(lower.shape == upper.shape, name, "the two log-probs", "of one shape", f"{upper.shape} and {lower.shape}")
+    return ops.subtract(upper, lower)
+
+
 @written("kl_estimator_k1", example=_example)
 def kl_estimator_k1(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B"]) -> Float[Tensor, "*B"]:
     r"""The log-ratio: unbiased, of either sign, and with a gradient whose mean is zero.
 
     Equation: `kl-estimator-k1` $k_1=\log\frac{\pi_\theta}{\pi_{\rm ref}},\ y\sim\pi_\theta$
     Shapes: log-probs of the sampled tokens (...), twice -> (...)
+    Raises: ValueError for two shapes.
     Source: deepseek (RLHF); notes §10.5; lecture06 (drift penalty).
     Differs: not a differentiable estimate: put it into the reward (erratum 5).
     """
-    return ops.subtract(logprobs, ref_logprobs)
+    return _log_ratio("kl_estimator_k1", logprobs, ref_logprobs)
 
 
 @written("kl_estimator_k2", example=_example)
@@ -55,9 +65,10 @@ def kl_estimator_k2(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B
 
     Equation: `kl-estimator-k2` $k_2=\tfrac12\big(\log\frac{\pi_\theta}{\pi_{\rm ref}}\big)^2$
     Shapes: log-probs of the sampled tokens (...), twice -> (...)
+    Raises: ValueError for two shapes.
     Source: completes the three; Schulman 2020.
     """
-    gap = ops.subtract(logprobs, ref_logprobs)
+    gap = _log_ratio("kl_estimator_k2", logprobs, ref_logprobs)
     return gap * gap * 0.5
 
 
@@ -67,10 +78,11 @@ def kl_estimator_k3(logprobs: Float[Array, "*B"], ref_logprobs: Float[Array, "*B
 
     Equation: `kl-estimator-k3` $k_3=u-1-\log u,\ u=\frac{\pi_{\rm ref}}{\pi_\theta},\ y\sim\pi_\theta$
     Shapes: log-probs of the sampled tokens (...), twice -> (...)
+    Raises: ValueError for two shapes.
     Source: deepseek (GRPO, KL estimate); Schulman 2020.
     Differs: the slide has the ratio upside down (erratum 6).
     """
-    d = ops.subtract(ref_logprobs, logprobs)
+    d = _log_ratio("kl_estimator_k3", ref_logprobs, logprobs)
     return ops.expm1(d) - d
 
 
@@ -81,6 +93,7 @@ def kl_estimator_k3_inverted(logprobs: Float[Array, "*B"], ref_logprobs: Float[A
     Equation: `kl-estimator-k3-inverted` $v-1-\log v,\ v=\frac{\pi_\theta}{\pi_{\rm ref}}$; mean
         $\chi^2-D_{\rm KL}$ under $\pi_\theta$
     Shapes: log-probs of the sampled tokens (...), twice -> (...)
+    Raises: ValueError for two shapes.
     Source: deepseek (GRPO, KL estimate).
     Differs: erratum 6.
     """
@@ -100,7 +113,7 @@ def kl_estimate(
     Equation: `kl-estimator-k2` `kind="k2"`
     Equation: `kl-estimator-k3` `kind="k3"`
     Shapes: log-probs of the sampled tokens (...), twice -> (...)
-    Raises: ValueError for another name.
+    Raises: ValueError for another name, or two shapes.
     Source: deepseek (RLHF, GRPO); notes §10.5.
     """
     require_one_of(kind, ESTIMATORS, "kl_estimate", "kind")

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from minillm.autograd import Tensor, cat
 from minillm.autograd.registry import written
-from minillm.checks import require
+from minillm.checks import require, require_positive
 from minillm.functional.attention import attention_weights, causal_mask, scaled_dot_product_attention
 from minillm.functional.linear_algebra import split_heads
 from minillm.functional.norms import rms_norm
@@ -119,6 +119,7 @@ def _example_attention(rng):
 
 def check_latent_attention(where: str, q_c, q_r, c, k_r, w_uk, w_uv) -> None:
     """Refuse queries, latents and weights that do not belong together."""
+    require(q_c.ndim == 4, where, "q_c", "of shape (B, H, L_q, d_head)", q_c)
     B, H, L_q, d_head = q_c.shape
     require(q_r.shape[:3] == (B, H, L_q), where, "q_r", f"of shape {(B, H, L_q, 'd_R')}", q_r)
     require(c.ndim == 3 and len(c) == B, where, "c", f"of shape (B={B}, L_k, d_c)", c)
@@ -221,6 +222,6 @@ def latent_cache_width(d_c: int, d_R: int, H_kv: int, d_head: int) -> tuple[int,
     Source: deepseek (the slides on latent attention).
     """
     for name, value in {"d_c": d_c, "d_R": d_R, "H_kv": H_kv, "d_head": d_head}.items():
-        require(value > 0, "latent_cache_width", name, "a positive integer", value)
+        require_positive(value, "latent_cache_width", name, integer=True)
     latent, full = d_c + d_R, 2 * H_kv * d_head
     return latent, full, full / latent

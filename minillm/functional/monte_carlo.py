@@ -87,11 +87,11 @@ def self_normalised_importance_sampling(f: Float[np.ndarray, " n"], log_w: Float
     Source: notes §10.9.
     """
     values, log_weights = (
-        _samples("self_normalised_is", "f", f),
-        _samples("self_normalised_is", "log_w", log_w),
+        _samples("self_normalised_importance_sampling", "f", f),
+        _samples("self_normalised_importance_sampling", "log_w", log_w),
     )
     top = float(log_weights.max())
-    require(np.isfinite(top), "self_normalised_is", "the largest log-weight", "finite", top)
+    require(np.isfinite(top), "self_normalised_importance_sampling", "the largest log-weight", "finite", top)
     weights = np.exp(log_weights - top)
     weights /= weights.sum()
     value = float(weights @ values)

@@ -49,6 +49,7 @@ def parallel_heads_loss(logits: Float[Tensor, "B n L V"], ids: Int[np.ndarray, "
     Raises: IndexError for ids outside [0, V), ValueError if shapes do not match or n >= L.
     Source: deepseek (multi-token prediction); Gloeckle et al. 2024.
     """
+    require(logits.ndim == 4, "parallel_heads_loss", "the logits", "of shape (B, n, L, V)", logits)
     ids = check_ids("parallel_heads_loss", ids, logits.shape[-1])
     B, n, L, _ = logits.shape
     require(ids.shape == (B, L), "parallel_heads_loss", "the ids", f"of shape {(B, L)}", ids)

@@ -10,6 +10,7 @@ from minillm.autograd import Tensor, grad
 from minillm.functional import attention as written
 from minillm.functional.positions import rope, rotation_angles
 from minillm.fused.attention import rotary_attention as derived_attention
+from minillm.fused.attention import scaled_dot_product_attention as derived_sdpa
 from minillm.fused.positions import rope as derived_rope
 
 seeds = st.integers(0, 2**32 - 1)
@@ -166,6 +167,11 @@ def test_bad_input_is_refused():
     q = Tensor(np.ones((1, 3, 2, 4)))
     with pytest.raises(ValueError, match="H_kv must be a divisor of H = 3, got 2"):
         written.scaled_dot_product_attention(q, Tensor(np.ones((1, 2, 2, 4))), Tensor(np.ones((1, 2, 2, 4))))
+    for attend in (written.scaled_dot_product_attention, derived_sdpa):
+        with pytest.raises(ValueError, match="H_kv must be a divisor of H = 3, got 0"):
+            attend(q, Tensor(np.ones((1, 0, 2, 4))), Tensor(np.ones((1, 0, 2, 4))))
+    with pytest.raises(ValueError, match=r"repeat_heads: x must be of shape \(B, H_kv, L, d_head\)"):
+        written.repeat_heads(Tensor(np.ones((3, 2, 4))), 2)
     with pytest.raises(ValueError, match="the width of k must be that of q"):
         written.scaled_dot_product_attention(q, Tensor(np.ones((1, 3, 2, 5))), Tensor(np.ones((1, 3, 2, 5))))
     with pytest.raises(ValueError, match="the mask must be broadcastable"):

@@ -82,6 +82,7 @@ BAD = {
     "grid": (lambda: pool_patches(draw(1, 2, 4, 5), 2), "pool_patches: x must be of shape .* divisible by the grid, 2"),
     "zero": (lambda: pool_patches(draw(1, 2, 4, 4), 0), "grid must be a positive integer, got 0"),
     "square": (lambda: spread_patches(draw(1, 3, 2), 4, 4), "P must be a square whose root divides 4 and 4, got 3"),
+    "axes": (lambda: spread_patches(draw(1, 1, 4, 2), 4, 4), r"the tokens must be of shape \(B, P, C\)"),
     "k": (lambda: channel_cross_attention(draw(1, 4, 2), draw(1, 3, 2), draw(1, 3, 2)), r"k must be of shape \(1, 4"),
     "v": (lambda: channel_cross_attention(draw(1, 4, 2), draw(1, 4, 2), draw(1, 4, 3)), "v must be of the shape of k"),
     "H": (lambda: spatial_cross_attention(*(draw(1, 4, n) for n in (3, 3, 3)), 2), "H must be a divisor of 3 and 3"),

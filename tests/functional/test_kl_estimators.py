@@ -122,3 +122,10 @@ def test_k3_is_the_steadier_one_near_and_the_wilder_one_far():
 def test_an_unknown_estimator_is_refused():
     with pytest.raises(ValueError, match="kind must be one of 'k1', 'k2', 'k3'"):
         est.kl_estimate(LOG_P, LOG_Q, "k4")
+
+
+@pytest.mark.parametrize("name", ["kl_estimator_k1", "kl_estimator_k2", "kl_estimator_k3"])
+def test_log_probs_of_two_shapes_are_refused_and_not_stretched(name):
+    """A forgotten axis would give a matrix of pairs, and a mean of it that looks like any other."""
+    with pytest.raises(ValueError, match=rf"{name}: the two log-probs must be of one shape, got .*\(5,\)"):
+        getattr(est, name)(LOG_P, LOG_Q[:, None])

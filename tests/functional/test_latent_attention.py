@@ -130,6 +130,7 @@ def test_the_cache_of_deepseek_v3():
     ("call", "words"),
     [
         (lambda a: latent_attention(a[0], a[1][:, :, :2], *a[2:]), "q_r must be of shape"),
+        (lambda a: latent_attention(a[0][0], *a[1:]), r"q_c must be of shape \(B, H, L_q, d_head\)"),
         (lambda a: latent_attention(a[0], a[1], a[2][:1], *a[3:]), r"c must be of shape \(B=2"),
         (lambda a: latent_attention(*a[:3], a[3][:, :2], *a[4:]), "k_r must be of shape .* one key for all heads"),
         (lambda a: absorbed_latent_attention(*a[:4], a[4][:, :2], a[5]), "w_uk must be of shape"),
@@ -138,6 +139,7 @@ def test_the_cache_of_deepseek_v3():
         (lambda a: absorb_output(a[5], Tensor(np.zeros((D, 4))), H=H), "w_o must be of shape"),
         (lambda a: absorb_output(a[5][:4], Tensor(np.zeros((D, 4))), H=H), "the rows of w_uv must be a multiple"),
         (lambda a: latent_cache_width(0, 1, 1, 1), "d_c must be a positive integer"),
+        (lambda a: latent_cache_width(4, 1, 1, 1.5), "d_head must be a positive integer, got 1.5"),
     ],
 )
 def test_bad_input_is_refused(call, words):

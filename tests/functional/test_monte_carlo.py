@@ -107,5 +107,7 @@ def test_impossible_categories_are_never_drawn_and_edges_hold():
         mc.sample_rejection(P, Q, 1.0, 5, rng)
     with pytest.raises(ValueError, match="the start must be possible"):
         mc.sample_metropolis_hastings(lambda x: -np.inf, np.eye(2), 0, 3, rng)
+    with pytest.raises(ValueError, match="self_normalised_importance_sampling: the largest log-weight must be finite"):
+        mc.self_normalised_importance_sampling(F[:1], np.array([-np.inf]))
     with pytest.raises(ValueError, match=r"f must be of shape \(n,\)"):
         mc.expectation_mc(np.array([]))

@@ -64,6 +64,7 @@ BAD = [
     (lambda: multi_token.parallel_heads_loss(Tensor(np.ones((2, 1, 3, 4))), IDS), ValueError, "the ids must be"),
     (lambda: multi_token.parallel_heads_loss(Tensor(np.ones((1, 0, 3, 4))), IDS), ValueError, "at least one head"),
     (lambda: multi_token.parallel_heads_loss(Tensor(np.ones((1, 3, 3, 4))), IDS), ValueError, "no position"),
+    (lambda: multi_token.parallel_heads_loss(Tensor(np.ones((1, 3, 4))), IDS), ValueError, r"of shape \(B, n, L, V\)"),
     (lambda: multi_token.mtp_loss(Tensor(1.0), Tensor(np.ones(0))), ValueError, "the depths' losses"),
     (lambda: multi_token.mtp_loss(Tensor(1.0), Tensor([1.0]), -1.0), ValueError, "the coefficient"),
     (
