@@ -484,7 +484,7 @@ shades = axes.contourf(u, t, slack, levels=[0, 0.01, 0.05, 0.2, 0.5, 1, 2, 4], c
 axes.plot(u[0], 1 / (1 + np.exp(-u[0])), color=VERMILION, label="slope of the softplus, the sigmoid")
 axes.set(xlabel="u", ylabel="t", title="Fenchel-Young slack: zero along the slope, positive elsewhere")
 axes.legend(loc="upper left", fontsize=8, frameon=True, facecolor="white", framealpha=1)
-figure.colorbar(shades, ax=axes)
+figure.colorbar(shades, ax=axes, label="slack")
 plt.show()
 print(
     "smallest slack:",

@@ -175,6 +175,7 @@ for direction, colour in (("forward", BLUE), ("reverse", VERMILION)):
     axes.plot(grid, bump, color=colour, label=f"{direction}: mean {mean:.1f}, spread {spread:.1f}")
     print(f"{direction}: {'covers both' if spread > 1.2 else 'chooses one'}")
 axes.set(title="One bump fitted to two, by either direction of the KL divergence", yticks=[])
+axes.set(xlabel="x", ylabel="probability")
 axes.legend()
 plt.show()
 

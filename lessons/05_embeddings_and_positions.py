@@ -151,9 +151,10 @@ for causal in (False, True):
 # %%
 pe = sinusoidal_positions(np.arange(128), 64)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), width_ratios=[1.3, 1])
-left.imshow(pe.T, aspect="auto", cmap="RdBu_r")
+shown = left.imshow(pe.T, aspect="auto", cmap="RdBu_r")
 left.set(xlabel="position", ylabel="coordinate", title="Sinusoidal positions")
 left.grid(False)
+figure.colorbar(shown, ax=left, label="value")
 similarity = pe @ pe.T
 for p, colour in ((20, BLUE), (64, VERMILION), (100, GREEN)):
     right.plot(np.arange(128) - p, similarity[p], color=colour, label=f"position {p}")

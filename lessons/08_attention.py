@@ -202,6 +202,8 @@ for panel, (name, keep) in zip(axes.flat, gallery.items(), strict=True):
     panel.set_title(name, fontsize=9)
     panel.set(xticks=[], yticks=[])
     panel.grid(visible=False)
+figure.supxlabel("key: what is looked at", fontsize=10)
+figure.supylabel("query: who looks", fontsize=10)
 plt.show()
 print({name: int(keep.sum()) for name, keep in gallery.items()})
 

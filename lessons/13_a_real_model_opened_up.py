@@ -309,12 +309,12 @@ print(f"median of the other heads: {np.median(copying):.3f}")
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.9), width_ratios=[1, 1, 1.1, 1.1])
 for axis, scores, title in ((axes[0], sink, "weight on the first token"), (axes[1], copying, "weight on what followed")):
     picture = axis.imshow(scores, aspect="auto", vmin=0, vmax=1)
-    axis.set(xlabel="head", ylabel="layer", title=title)
+    axis.set(xlabel="head", ylabel="layer", title=title, xticks=range(0, config.n_heads, 2))
     axis.grid(False)
-    figure.colorbar(picture, ax=axis)
+    figure.colorbar(picture, ax=axis, label="attention weight")
 for axis, head in zip(axes[2:], top[:2]):
     axis.imshow(np.sqrt(rep_maps[head]), cmap="cividis")
-    axis.set(xlabel="key", ylabel="query", title=f"layer {head[0]}, head {head[1]}")
+    axis.set(xlabel="key", ylabel="query", title=f"layer {head[0]}, head {head[1]} (roots)")
     axis.grid(False)
 plt.show()
 

@@ -113,14 +113,25 @@ def text_outputs(notebook: Any) -> list[str]:
 
 
 def tidy(notebook: Any) -> Any:
-    """Drop what a stored notebook must not hold: standard error, and names of picture objects."""
+    """Drop what a stored notebook must not hold: standard error, names of picture objects, and prints in pieces."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            cell.outputs = joined([o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")])
             for output in cell.outputs:
                 if "data" in output and "image/png" in output.data:
                     output.data = {"image/png": output.data["image/png"]}
     return notebook
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """Outputs with neighbouring pieces of one print put together: a busy kernel sends it in pieces, shown as paragraphs."""
+    whole: list[Any] = []
+    for output in outputs:
+        if output.output_type == "stream" and whole and whole[-1].output_type == "stream":
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def build(source: Path) -> Outcome:

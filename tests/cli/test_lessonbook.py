@@ -1,5 +1,6 @@
 """The lesson tools, on a small lesson written here."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,16 @@ def test_every_lesson_has_exercises_with_checks_and_its_student_copy_holds_no_so
 def test_every_lesson_has_a_notebook_of_the_same_source(path: Path):
     stored = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     assert [cell.source for cell in stored.cells] == [cell.source for cell in lessonbook.read_source(path).cells]
+    assert stored == lessonbook.tidy(deepcopy(stored)), "stored outputs are not tidy: build the lesson again"
+
+
+def test_a_print_that_arrived_in_pieces_is_stored_whole():
+    """Neighbouring pieces are shown as paragraphs of their own, and where they part depends on how busy the machine is."""
+    piece = nbformat.v4.new_output
+    picture = piece("display_data", {"image/png": "iVBOR", "text/plain": "<Figure>"})
+    outputs = [piece("stream", text="likelihood "), piece("stream", name="stderr", text="warning"),
+               piece("stream", text="0.5\n"), picture, piece("stream", text="right\n")]  # fmt: skip
+    cell = nbformat.v4.new_code_cell(outputs=outputs)
+    lessonbook.tidy(nbformat.v4.new_notebook(cells=[cell]))
+    assert [output.get("text") for output in cell.outputs] == ["likelihood 0.5\n", None, "right\n"]
+    assert cell.outputs[1].data == {"image/png": "iVBOR"}
