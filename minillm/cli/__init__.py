@@ -26,7 +26,7 @@ COMMANDS = {
     "sft": "supervised training on demonstrations of an arithmetic task",
     "grpo": "improve a trained policy by a verifiable reward alone",
     "gradcheck": "check the gradient of every registered function",
-    "bench": "a training step beside eager PyTorch on this CPU",
+    "bench": "training, attention, decoding and experts beside eager PyTorch on this CPU",
     "equations": "the index: where each equation is written, tested and taught",
     "lessons": "list, run, build and grade the lessons",
     "figures": "draw every figure again",

@@ -38,7 +38,7 @@ def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> np.ndar
         hint = "Pass --prompt-ids."
         require(tokenizer is not None, "generate", "the checkpoint", "one with a tokenizer", "one without", hint)
         assert tokenizer is not None
-        ids = tokenizer.encode(args.prompt)
+        ids = tokenizer.encode(args.prompt, bos=tokenizer.adds_bos and tokenizer.bos_id is not None)
     require(ids.size > 0, "generate", "the prompt", "at least one token", "an empty text")
     return ids
 
@@ -71,7 +71,7 @@ class Printer:
         if self.tokenizer is None:
             text = f" {ids[0]}"
         else:
-            text = self.decoder.decode(self.tokenizer.decode_bytes(ids[:1]))
+            text = self.decoder.decode(self.tokenizer.decode_next(ids[:1]))
         print(self.waiting + text, end="", flush=True)
         self.waiting = ""
 
@@ -117,11 +117,12 @@ def run(args: argparse.Namespace) -> int:
 
 def stop_sequences(texts: list[str], tokenizer: Tokenizer | None) -> list[list[int]]:
     """Ids of the texts behind which to stop; without a tokenizer the texts are ids."""
-    return [(read_ids(text) if tokenizer is None else tokenizer.encode(text)).tolist() for text in texts]
+    return [(read_ids(text) if tokenizer is None else tokenizer.encode_next(text)).tolist() for text in texts]
 
 
 def beam_rows(args: argparse.Namespace, model, prompts: np.ndarray, length: int, ends: dict) -> Iterable[tuple]:
     """The best continuations by beam search: tokens, log-probabilities, mask, terminated of each."""
+    require_positive(args.beams, "generate", "--beams", integer=True)
     fits = args.samples <= args.beams
     require(fits, "generate", "--samples", f"at most the number of beams, {args.beams}", args.samples)
     found = beam_search(
@@ -142,7 +143,10 @@ def show(args: argparse.Namespace, shown: str, tokenizer: Tokenizer | None, foun
     rows = []
     for tokens, logprobs, mask, terminated in islice(found, args.samples):
         kept = tokens[mask]
-        text = " " + " ".join(map(str, kept)) if tokenizer is None else tokenizer.decode(kept)
+        if tokenizer is None:
+            text = " " + " ".join(map(str, kept))
+        else:
+            text = tokenizer.decode_next(kept).decode("utf-8", "replace")
         rows.append(
             {
                 "prompt": shown,
@@ -165,7 +169,7 @@ def add_parser(subparsers) -> None:
         "--checkpoint",
         type=Path,
         default=Path("runs/train"),
-        help="a run's folder, a checkpoint file, smollm2, or a GGUF file",
+        help="a run's folder, a checkpoint file, smollm2, a GGUF file or a folder of transformers",
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="The ", help="text to continue (default %(default)r)")

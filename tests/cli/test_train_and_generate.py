@@ -244,7 +244,7 @@ GENERATE_ERRORS = {
     "top-p above one": (["--top-p", 1.5], r"p must be in \(0, 1\]"),
     "repetition of zero": (["--repetition", 0], "repetition must be a positive number"),
     "n-grams of less than nothing": (["--no-repeat-ngram", -1], "no_repeat_ngram must be a non-negative integer"),
-    "no beams": (["--beams", 0], "at most the number of beams, 0"),
+    "no beams": (["--beams", 0], "--beams must be a positive integer, got 0"),
     "more samples than beams": (["--beams", 2, "--samples", 3], "--samples must be at most the number of beams, 2"),
     "beams that rank by nothing": (["--beams", 2, "--length-penalty", "nan"], "length_penalty must be a finite number"),
     "an empty stop": (["--stop", ""], "a stop sequence must be at least one token long"),
