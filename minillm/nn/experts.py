@@ -14,6 +14,7 @@ from minillm.functional.routing import (
     check_groups,
     gshard_top2,
     noisy_logits,
+    router_mlp,
     switch_top1,
     top_k,
     topk_renormalise,
@@ -66,16 +67,18 @@ class MixtureOfExperts(Module):
     choice only (`update_bias`); ``noisy`` top-k; ``switch``, one expert weighted by its probability; ``gshard``, two of
     which a weak second is skipped at random. Noise and skipping need ``rng`` and happen only where it is given.
     With ``n_groups`` the experts of a token come from the ``k_groups`` best groups: judged by their two largest scores
-    with the bias (``sigmoid``, DeepSeek-V3), or by the largest (``softmax``, V2).
+    with the bias (``sigmoid``, DeepSeek-V3), or by the largest (``softmax``, V2). ``router_hidden`` puts a hidden layer of
+    that width in front of the scores; by default they are one linear map.
 
     Equation: `router-logits` $\mathbf R=\mathbf X\mathbf W_r$
+    Equation: `router-mlp` with ``router_hidden``
     Equation: `gating-softmax` $\mathbf P=\mathrm{softmax}(\mathbf R)$, or `gating-sigmoid`
     Equation: `moe-output` $y=\sum_{e\in\mathcal T}g_eE_e(x)$, and `moe-shared-experts` with shared ones added
     Equation: `moe-shared-experts` the K_s shared experts lie side by side in one network of width $K_sd_{\rm ff}$
     Equation: `moe-bias-balancing` the bias enters the choice and no weight
     Shapes: x (..., d_model) -> (..., d_model)
     Raises: ValueError for k > E or more than the allowed groups hold, sizes that are not positive, groups of unequal
-        size, or an unknown router, overflow or activation.
+        size, or an unknown router, overflow or activation; a hidden layer in front of the noisy router.
     Source: notes §8.8; deepseek (MoE); lecture06 (MoE).
     """
 
@@ -88,6 +91,7 @@ class MixtureOfExperts(Module):
         rng: np.random.Generator,
         *,
         router: str = "softmax",
+        router_hidden: int | None = None,
         n_shared: int = 0,
         n_groups: int = 1,
         k_groups: int = 1,
@@ -112,6 +116,9 @@ class MixtureOfExperts(Module):
         require_positive(scale, where, "scale")
         if capacity_factor is not None:
             require_positive(capacity_factor, where, "capacity_factor")
+        if router_hidden is not None:
+            require_positive(router_hidden, where, "router_hidden", integer=True)
+            require(router != "noisy", where, "router_hidden", "None for the router 'noisy'", router_hidden)
         fixed_k = {"switch": 1, "gshard": 2}.get(router, k)
         require(k == fixed_k, where, "k", f"{fixed_k} for the router '{router}'", k)
 
@@ -119,7 +126,9 @@ class MixtureOfExperts(Module):
         self.n_groups, self.k_groups = n_groups, k_groups
         self.capacity_factor, self.overflow, self.activation, self.scale = capacity_factor, overflow, activation, scale
         f_in = d_ff * (2 if activation in GATED else 1)
-        self.w_router = parameter(rng.normal(0.0, std, size=(n_experts, d_model)))
+        hidden = router_hidden
+        self.w_router_hidden = None if hidden is None else parameter(rng.normal(0.0, std, size=(hidden, d_model)))
+        self.w_router = parameter(rng.normal(0.0, std, size=(n_experts, d_model if hidden is None else hidden)))
         self.w_noise = parameter(np.zeros((n_experts, d_model))) if router == "noisy" else None
         # A parameter so that it is saved with the others; no gradient reaches it, `update_bias` moves it.
         self.bias = parameter(np.zeros(n_experts)) if router == "sigmoid" else None
@@ -151,6 +160,8 @@ class MixtureOfExperts(Module):
         if self.w_noise is not None:
             noise = None if rng is None else rng.normal(size=(len(rows), self.n_experts)).astype(rows.dtype)
             logits = noisy_logits(rows, self.w_router, self.w_noise, noise)
+        elif self.w_router_hidden is not None:
+            logits = router_mlp(rows, self.w_router_hidden, self.w_router)
         else:
             logits = linear(rows, self.w_router)
         if self.bias is not None:

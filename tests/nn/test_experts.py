@@ -52,6 +52,19 @@ def test_gradients_of_the_layer_are_those_of_finite_differences(router):
     assert gradcheck(run, points, {}, rng=np.random.default_rng(0)).passed
 
 
+@pytest.mark.equation("router-mlp")
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "switch", "gshard"])
+def test_a_router_may_have_a_hidden_layer_which_learns_too(router):
+    """Erratum 36: one linear map is the default, a small network the option."""
+    moe, x, record = layer(router, router_hidden=7), tokens(9), []
+    assert moe.w_router_hidden is not None and layer(router).w_router_hidden is None
+    y = moe(x, record)
+    z = x.data @ moe.w_router_hidden.data.T
+    np.testing.assert_allclose(record[0].logits.data, z / (1 + np.exp(-z)) @ moe.w_router.data.T, rtol=1e-4, atol=1e-6)
+    assert np.abs(grad((y * y).sum(), moe.w_router_hidden).data).max() > 1e-4
+    assert set(moe.state_dict()) - set(layer(router).state_dict()) == {"w_router_hidden"}
+
+
 @pytest.mark.equation("moe-shared-experts", "moe-params-active")
 def test_parameters_are_as_counted_and_shared_experts_add_their_part():
     for router, bias in (("softmax", False), ("sigmoid", True)):
@@ -124,6 +137,8 @@ BAD = [
     ({"capacity_factor": 0}, "capacity_factor must be a positive number"),
     ({"n_shared": -1}, "n_shared must be a non-negative integer"),
     ({"scale": 0}, "scale must be a positive number"),
+    ({"router_hidden": 0}, "router_hidden must be a positive integer, got 0"),
+    ({"router": "noisy", "router_hidden": 3}, "router_hidden must be None for the router 'noisy', got 3"),
 ]
 
 
