@@ -3,6 +3,8 @@ r"""Operations and memory of training and generation, by formula, beside what a 
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from minillm.autograd import Tensor
 from minillm.checks import require, require_one_of, require_positive
 from minillm.functional.feed_forward import GATES
@@ -30,12 +32,13 @@ def forward_flops(config: Config, B: int, L: int, causal: bool | None = None) ->
 
     Equation: `flops-block` $BL\,[N_{\rm layer}(2W+4L_kd)+2dV]$; none for the look-up in the embedding
     Shapes: sizes -> operations. ``causal`` counts only pairs that may look at each other, $L_k=\frac{L+1}2$.
-    Raises: ValueError for an encoder-decoder, other attention than by heads, or sizes that are not positive.
+    Raises: ValueError for an encoder-decoder, other attention than by heads (or Shaw's), or sizes that are not positive.
     Source: notes §4.10.
     """
     require_positive(B, "forward_flops", "B", integer=True)
     require_positive(L, "forward_flops", "L", integer=True)
     plain = config.architecture != "encoder-decoder" and config.attention == "heads" and config.window is None
+    plain = plain and config.positions != "shaw"
     require(plain, "forward_flops", "the configuration", "one stack with full attention by heads", "another")
     c, d = config, config.d_model
     causal = c.architecture == "decoder" if causal is None else causal
@@ -139,13 +142,17 @@ def activation_numbers(config: Config, B: int, L: int, flash: bool = True) -> in
     layer before and after the activation; without blockwise attention also the scores' softmax, $H L$.
 
     Equation: `memory-training` activations: $N_{\rm layer}BL\,[4d+2d(1+H_{kv}/H)+c\,d_{\rm ff}(+HL)]$, c = 3 gated, 2 plain
-    Raises: ValueError for sizes that are not positive.
+    Raises: ValueError for sizes that are not positive, or blocks of another kind.
     Source: notes §10.4; Korthikanti et al. 2022.
     """
+    plain = config.attention == "heads" and config.ffn != "experts" and config.norm_place == "pre"
+    plain = plain and config.layout == "sequential" and config.positions != "shaw"
+    wanted = "pre-norm blocks with attention by heads and one feed-forward network"
+    require(plain, "activation_numbers", "the configuration", wanted, "another")
     require_positive(B, "activation_numbers", "B", integer=True)
     require_positive(L, "activation_numbers", "L", integer=True)
     c, d_kv = config, (config.n_kv_heads or config.n_heads) * config.d_head
-    inner = (3 if c.ffn in (*GATES, "experts") else 2) * (c.d_ff or 0)
+    inner = (3 if c.ffn in GATES else 2) * (c.d_ff or 0)
     per_token = 4 * c.d_model + 2 * c.n_heads * c.d_head + 2 * d_kv + inner
     return c.n_layers * B * L * (per_token + (0 if flash else c.n_heads * L))
 
@@ -176,8 +183,9 @@ def measured_products(*outputs: Tensor) -> Counter:
     r"""Operations of the matrix products in the recorded graph behind some tensors, by the name of the operation.
 
     Equation: `flops-block` counted from the shapes on the tape instead of derived
-    Shapes: tensors with a graph -> operations by name. Attention counts all pairs, also those that a mask hides.
-    Raises: ValueError if no operation was recorded.
+    Shapes: tensors with a graph -> operations by name. Attention counts all pairs, also those that a mask hides; experts
+        count the tokens that they served.
+    Raises: ValueError if no operation was recorded, or one whose products are not counted here.
     Source: notes §4.10.
     """
     nodes: list[Any] = [t.node for t in outputs if t.node is not None]
@@ -201,6 +209,12 @@ def measured_products(*outputs: Tensor) -> Counter:
             B, L, width = given[0].shape
             d = width * node.params["H"] // (node.params["H"] + 2 * node.params["H_kv"])
             done[name] += 4 * B * L * L * d
+        elif name == "mixture_of_experts":
+            routed, w_in, w_down = given[2:5]
+            done[name] += 2 * int(np.count_nonzero(routed)) * (w_in.size + w_down.size) // len(w_in)
+        elif name == "linear_attention_chunked":
+            wanted, hint = "operations whose products are counted", "Build the graph from its written form."
+            require(False, "measured_products", "the graph", wanted, name, hint)
         nodes.extend(getattr(x, "node", None) for x in given)
     return done
 
