@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over tokens
             for token in conversation.ask(text, rng, max_new_tokens=args.max_new_tokens, **law):
                 if not args.json:
-                    print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+                    print(decoder.decode(tokenizer.decode_next([token])), end="", flush=True)
             if not args.json:
                 print(decoder.decode(b"", final=True), flush=True)
     if args.json:

@@ -40,7 +40,7 @@ def read_json(path: str | os.PathLike, where: str) -> Any:
     """
     try:
         return json.loads(Path(path).read_bytes().decode("utf-8"))
-    except ValueError as error:  # of both the decoding and the JSON
+    except (ValueError, RecursionError) as error:  # of both the decoding and the JSON; nested without end
         raise ValueError(
             message(where, f"the file {path}", "complete JSON in UTF-8", str(error), "Write it again with save().")
         ) from error

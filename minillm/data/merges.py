@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from minillm.checks import message
+
 Pair = tuple[int, int]
 GAP = -1  # between words, so that no pair spans two of them; also the place of a symbol that was merged away
 
@@ -115,3 +117,36 @@ def _offer(heap, ranks, symbols, place, follower) -> None:
     rank = ranks.get((symbols[place], symbols[follower]))
     if rank is not None:
         heapq.heappush(heap, (rank, place))
+
+
+def ranked(
+    merges: Sequence[tuple[str, str]], id_of: Mapping[str, int], where: str, *, last: bool = False
+) -> tuple[dict[Pair, int], list[int]]:
+    """The rank of each pair of ids, and the id that each rank makes; of repeated pairs the first or the last counts.
+
+    Raises: ValueError for a merge that is not of two tokens into a third.
+    """
+    ranks: dict[Pair, int] = {}
+    made = []
+    for rank, (first, second) in enumerate(merges):
+        try:
+            pair, new = (id_of[first], id_of[second]), id_of[first + second]
+        except (KeyError, TypeError) as error:
+            wanted = "of two tokens of the vocabulary into a third"
+            raise ValueError(message(where, f"merge {rank}", wanted, f"{first!r} and {second!r}")) from error
+        if last or pair not in ranks:
+            ranks[pair] = rank
+        made.append(new)
+    return ranks, made
+
+
+def ranked_by_score(scores: Mapping[str, float], id_of: Mapping[str, int]) -> tuple[dict[Pair, int], list[int]]:
+    """The same where tokens have scores: of the pairs that make a token, the best token is made, the leftmost first."""
+    ranks: dict[Pair, int] = {}
+    made = []
+    for text in sorted(scores, key=lambda text: (-scores[text], id_of[text])):
+        for cut in range(1, len(text)):
+            if text[:cut] in scores and text[cut:] in scores:
+                ranks[id_of[text[:cut]], id_of[text[cut:]]] = len(made)
+        made.append(id_of[text])
+    return ranks, made

@@ -12,6 +12,7 @@ from minillm.checks import require_one_of
 
 # The property White_Space, which `\s` of Python exceeds by four control characters.
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+SPACES = frozenset(filter(re.compile(f"[{WHITE}]").match, map(chr, range(0x3001))))
 LAST_NUMBER = 0x20000  # no character of category N lies beyond
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from minillm.checks import message, require
-from minillm.data.merges import Pair, apply_merges
+from minillm.data.merges import apply_merges, ranked
 from minillm.data.pretokenize import RULES, split_text
 from minillm.data.tokenizer_base import Tokenizer, field
 
@@ -66,7 +66,8 @@ class PretrainedBPE(Tokenizer):
         id_of = {spelled: token for token, spelled in enumerate(self._spelling) if token not in self._special_names}
         self._id_of = id_of
         self._byte_ids = [id_of.get(bytes([byte])) for byte in range(256)]
-        self._ranks, self._made = _ranked(self.merges, self.vocabulary, self._special_names)
+        ordinary = {text: i for i, text in enumerate(self.vocabulary) if i not in self._special_names}
+        self._ranks, self._made = ranked(self.merges, ordinary, where)
         self._cache: dict[str, list[int]] = {}
 
     def _spellings(self) -> list[bytes]:
@@ -148,21 +149,3 @@ class PretrainedBPE(Tokenizer):
             adds_bos=field(state, "adds_bos", bool),
             whole_pieces=field(state, "whole_pieces", bool),
         )
-
-
-def _ranked(
-    merges: Sequence[tuple[str, str]], vocabulary: Sequence[str], skipped: Mapping[int, str]
-) -> tuple[dict[Pair, int], list[int]]:
-    """The rank of each pair of ids, and the id that each rank makes."""
-    id_of = {text: token for token, text in enumerate(vocabulary) if token not in skipped}
-    ranks: dict[Pair, int] = {}
-    made = []
-    for rank, (first, second) in enumerate(merges):
-        try:
-            pair, new = (id_of[first], id_of[second]), id_of[first + second]
-        except (KeyError, TypeError) as error:
-            wanted = "of two tokens of the vocabulary into a third"
-            raise ValueError(message("PretrainedBPE", f"merge {rank}", wanted, f"{first!r} and {second!r}")) from error
-        ranks.setdefault(pair, rank)
-        made.append(new)
-    return ranks, made

@@ -122,9 +122,9 @@ def chatml_ids(
     start, end = marks
     parts = []
     for role, content in _turns(messages, system):
-        parts += [start, tokenizer.encode(f"{role}\n{content}"), end, tokenizer.encode("\n")]
+        parts += [start, tokenizer.encode_next(f"{role}\n{content}"), end, tokenizer.encode_next("\n")]
     if open_answer:
-        parts += [start, tokenizer.encode("assistant\n")]
+        parts += [start, tokenizer.encode_next("assistant\n")]
     return np.concatenate(parts)
 
 

@@ -25,6 +25,7 @@ class Tokenizer(ABC):
     """
 
     kind: str
+    adds_bos: bool = False  # whether the model wants its texts to begin with BOS
 
     def __init__(self, n_ordinary: int, specials: Sequence[str] = ()):
         where = type(self).__name__
@@ -90,6 +91,14 @@ class Tokenizer(ABC):
         front = [self._required_special("bos")] if bos else []
         back = [self._required_special("eos")] if eos else []
         return np.concatenate([np.array(front, np.int64), ids, np.array(back, np.int64)])
+
+    def encode_next(self, text: str | bytes) -> Int[np.ndarray, " L"]:
+        """Ids of a text that other tokens precede; some tokenizers put a space in front of the first text only."""
+        return self.encode(text)
+
+    def decode_next(self, ids: Iterable[SupportsIndex] | np.ndarray) -> bytes:
+        """The bytes that ids add to the text before them; some tokenizers take away the space of a text's beginning."""
+        return self.decode_bytes(ids)
 
     def decode_bytes(self, ids: Iterable[SupportsIndex] | np.ndarray) -> bytes:
         """The exact bytes that the ids spell; special tokens spell none.

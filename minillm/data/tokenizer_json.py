@@ -1,4 +1,4 @@
-r"""The file `tokenizer.json` that pretrained models come with, read and written where it is byte-level BPE."""
+r"""The file `tokenizer.json` that pretrained models come with, read and written."""
 
 import json
 import os
@@ -8,6 +8,11 @@ from typing import Any
 from minillm.checks import message, require
 from minillm.data.files import read_json, write_json
 from minillm.data.pretrained_bpe import PretrainedBPE
+from minillm.data.sentencepiece_bpe import SentencePieceBPE
+from minillm.data.sentencepiece_json import read_sentencepiece, sentencepiece_json
+from minillm.data.tokenizer_parts import WHERE, in_order, read_roles, write_roles
+from minillm.data.wordpiece import WordPiece
+from minillm.data.wordpiece_json import read_wordpiece, wordpiece_json
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -27,41 +32,72 @@ CUTS: dict[str, list[dict[str, Any]]] = {  # our rules as the steps of their `pr
     "llama3": [_regex(LLAMA3), {**_BYTES, "use_regex": False}],
     "qwen2": [_regex(LLAMA3.replace("{1,3}", "")), {**_BYTES, "use_regex": False}],
 }
-ROLES = {"bos": "bos_token", "eos": "eos_token", "pad": "pad_token"}
 
 
-def read_tokenizer_json(folder: str | os.PathLike) -> PretrainedBPE:
+def read_tokenizer_json(folder: str | os.PathLike) -> PretrainedBPE | SentencePieceBPE | WordPiece:
     """The tokenizer of a folder with `tokenizer.json` and, for the roles of special tokens, `tokenizer_config.json`.
 
-    Raises: FileNotFoundError if there is no file; ValueError if it is not byte-level BPE with a rule that we have.
+    Byte-level BPE, BPE with "▁" for the space, or WordPiece.
+
+    Raises: FileNotFoundError if there is no file; ValueError if it is another kind, or one with steps that we do not have.
     """
-    where, path = "read_tokenizer_json", Path(folder) / "tokenizer.json"
-    state = read_json(path, where)
+    path = Path(folder) / "tokenizer.json"
+    state = read_json(path, WHERE)
     try:
-        model, steps = state["model"], state.get("pre_tokenizer") or {}
+        model = state["model"]
         kind = model.get("type", "BPE" if "merges" in model else "another kind")
-        require(kind == "BPE" and not model.get("byte_fallback"), where, str(path), "byte-level BPE", kind)
-        require(not state.get("normalizer"), where, f"the normaliser in {path}", "none", str(state.get("normalizer")))
-        rule = _rule(steps.get("pretokenizers", [steps]), path)
-        added = {token["content"]: token["id"] for token in state.get("added_tokens", [])}
-        vocabulary = _in_order({**model["vocab"], **added}, path)
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(message(where, str(path), "the description of a tokenizer", f"no such ({error!r})")) from error
+        known = kind in ("BPE", "WordPiece")
+        require(known, WHERE, f"the model in {path}", "BPE or WordPiece", str(kind)[:80])
+        if kind == "WordPiece":
+            return read_wordpiece(state, path)
+        byte_level = "ByteLevel" in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
+        return _read_byte_level(state, path) if byte_level else read_sentencepiece(state, path)
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(message(WHERE, str(path), "the description of a tokenizer", f"no such ({error!r})")) from error
+
+
+def _read_byte_level(state: dict[str, Any], path: Path) -> PretrainedBPE:
+    model, steps = state["model"], state.get("pre_tokenizer") or {}
+    require(not model.get("byte_fallback"), WHERE, str(path), "byte-level BPE", "one with bytes to fall back to, too")
+    require(not state.get("normalizer"), WHERE, f"the normaliser in {path}", "none", str(state.get("normalizer")))
+    rule = _rule(steps.get("pretokenizers", [steps]), path)
+    added = {token["content"]: token["id"] for token in state.get("added_tokens") or []}
+    vocabulary = in_order({**model["vocab"], **added}, path)
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    for i, merge in enumerate(merges):
+        require(len(merge) == 2, WHERE, f"merge {i} in {path}", "of two tokens", str(merge))
     return PretrainedBPE(
         vocabulary,
         merges,
         specials=added,
-        roles=_roles(Path(folder) / "tokenizer_config.json", added),
+        roles=read_roles(path.parent, added),
         split=rule,
         adds_bos="TemplateProcessing" in json.dumps(state.get("post_processor")),
         whole_pieces=bool(model.get("ignore_merges")),
     )
 
 
-def write_tokenizer_json(tokenizer: PretrainedBPE, folder: str | os.PathLike) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` so that transformers reads the tokenizer."""
+def write_tokenizer_json(tokenizer: PretrainedBPE | SentencePieceBPE | WordPiece, folder: str | os.PathLike) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` so that transformers reads the tokenizer.
+
+    Raises: ValueError for a tokenizer that is none of a pretrained model, or one that merges by scores.
+    """
+    kinds = (PretrainedBPE, SentencePieceBPE, WordPiece)
+    wanted, received = "one of a pretrained model", f"a {type(tokenizer).__name__}"
+    require(isinstance(tokenizer, kinds), "write_tokenizer_json", "the tokenizer", wanted, received)
+    if isinstance(tokenizer, PretrainedBPE):
+        state = _byte_level_json(tokenizer)
+    elif isinstance(tokenizer, WordPiece):
+        state = wordpiece_json(tokenizer)
+    else:
+        state = sentencepiece_json(tokenizer)
     folder = Path(folder)
+    write_json(folder / "tokenizer.json", state)
+    roles = write_roles(tokenizer.roles, {token: name for name, token in tokenizer.special_ids.items()})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **roles})
+
+
+def _byte_level_json(tokenizer: PretrainedBPE) -> dict[str, Any]:
     names = {token: name for name, token in tokenizer.special_ids.items()}
     shown = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {
@@ -70,7 +106,7 @@ def write_tokenizer_json(tokenizer: PretrainedBPE, folder: str | os.PathLike) ->
         "vocab": {text: token for token, text in enumerate(tokenizer.vocabulary)},
         "merges": [list(pair) for pair in tokenizer.merges],
     }
-    state = {
+    return {
         "version": "1.0",
         "added_tokens": [{"id": token, "content": names[token], **shown} for token in sorted(names)],
         "normalizer": None,
@@ -79,9 +115,6 @@ def write_tokenizer_json(tokenizer: PretrainedBPE, folder: str | os.PathLike) ->
         "decoder": {**_BYTES, "use_regex": True},
         "model": model,
     }
-    write_json(folder / "tokenizer.json", state)
-    roles = {ROLES[role]: names[token] for role, token in tokenizer.roles.items() if token in names and role in ROLES}
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **roles})
 
 
 def _rule(steps: list[dict[str, Any]], path: Path) -> str:
@@ -96,24 +129,4 @@ def _rule(steps: list[dict[str, Any]], path: Path) -> str:
     for name, ours in CUTS.items():
         if [essence(step) for step in ours] == [essence(step) for step in steps]:
             return name
-    raise ValueError(message("read_tokenizer_json", f"the cut in {path}", "one of " + ", ".join(CUTS), str(steps)[:80]))
-
-
-def _in_order(ids: dict[str, int], path: Path) -> list[str]:
-    texts = {token: text for text, token in ids.items()}
-    whole = len(texts) == len(ids) and set(texts) == set(range(len(texts)))
-    require(whole, "read_tokenizer_json", f"the ids in {path}", "0, 1, 2 ... without gaps or repeats", "others")
-    return [texts[token] for token in range(len(texts))]
-
-
-def _roles(path: Path, added: dict[str, int]) -> dict[str, int]:
-    if not path.is_file():
-        return {}
-    config = read_json(path, "read_tokenizer_json")
-    roles = {}
-    for role, key in ROLES.items():
-        given = config.get(key) if isinstance(config, dict) else None
-        text = given.get("content") if isinstance(given, dict) else given
-        if text in added:
-            roles[role] = added[text]
-    return roles
+    raise ValueError(message(WHERE, f"the cut in {path}", "one of " + ", ".join(CUTS), str(steps)[:80]))

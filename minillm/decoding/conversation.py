@@ -45,7 +45,7 @@ class Conversation:
             wanted = f"at most {self.capacity} tokens long"
             raise ValueError(message("Conversation", "the conversation", wanted, used, "Begin a new one."))
         answer: list[int] = []
-        ending = np.array([self.end, *self.tokenizer.encode("\n")], np.int64)
+        ending = np.array([self.end, *self.tokenizer.encode_next("\n")], np.int64)
         try:
             for _ in range(room if max_new_tokens is None else min(max_new_tokens, room)):
                 with no_grad():  # not around the yield: the caller's code must not run under it
@@ -60,4 +60,5 @@ class Conversation:
                 self.pending = np.concatenate([reading, ending])
                 yield token
         finally:  # an answer that its reader broke off is part of the conversation as far as it went
-            self.messages += [Message("user", text), Message("assistant", self.tokenizer.decode(answer))]
+            said = self.tokenizer.decode_next(answer).decode("utf-8", "replace")
+            self.messages += [Message("user", text), Message("assistant", said)]

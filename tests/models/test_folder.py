@@ -157,7 +157,8 @@ def test_folders_that_are_broken_or_something_else_are_refused(tmp_path, how, er
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model": {"type": "WordPiece", "vocab": {}}}, "byte-level BPE, got WordPiece"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "BPE or WordPiece, got Unigram"),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "the normalizer in .* must be BertNormalizer, got none"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "byte_fallback": True}}, "byte-level BPE"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "the cut in"),
         ({"normalizer": {"type": "NFC"}}, "the normaliser"),
