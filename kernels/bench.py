@@ -20,8 +20,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +28,16 @@ import torch
 import triton
 
 from kernels import aot, bench_figure, registry
+from kernels.contenders import Case, brief, made, runnable
 from kernels.timing import Ceilings, GpuClock, measured_ceilings, take_turns
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 480.0  # for all families together
 SHARES = {"attention": 5, "token_loss": 4, "experts": 3, "norm": 3, "decode": 2}  # of that time; the others take 1
-AGREE = 2e-2  # how far a peer's results may be from ours, as a share of their size: bf16 rounds to 4e-3
 
 
 class WrongResults(RuntimeError):
     """A kernel fails its exact witnesses on this machine; timing it would mean nothing."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to time: calls without arguments by contender (``ours`` among them), and what must move or be computed.
-
-    ``flush`` empties the cache before each call: right where memory is the bound, a waste where products are.
-    ``line`` and ``size`` are for the figures over size: cases of one line differ in their size alone.
-    """
-
-    name: str
-    dtype: str
-    bytes: int
-    contenders: Mapping[str, Callable[[], Any]]
-    flops: int = 0
-    flush: bool = True
-    line: str = ""
-    size: int = 0
 
 
 def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str,
@@ -88,50 +69,6 @@ def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str
     return rows
 
 
-def runnable(case: Case, clock: Any, say: Callable[[str], None]) -> dict[str, Callable[[], Any]]:
-    """The contenders that get through a first call (which compiles them); without ours there is no case."""
-    found = {}
-    for name, call in case.contenders.items():
-        try:
-            clock.times(call, 1)
-        except Exception as error:
-            if name == "ours":
-                raise
-            say(f"{name} {case.name}: left out ({brief(error)})")
-            continue
-        found[name] = call
-    return found
-
-
-def alike(found: Any, wanted: Any) -> bool:
-    """Whether a peer computes what we do: of the same shapes, and apart by a small share of their size."""
-    a, b = ([t for t in (r if isinstance(r, tuple | list) else (r,)) if t is not None] for r in (found, wanted))
-    return len(a) == len(b) and all(x.shape == y.shape and _near(x.float(), y.float()) for x, y in zip(a, b))
-
-
-def _near(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return bool((x - y).norm() <= AGREE * y.norm() + 1e-6)
-
-
-def brief(error: BaseException) -> str:
-    """An error in one line."""
-    first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:100]}"
-
-
-def made(cases: Iterator[Case], what: str) -> Iterator[Case]:
-    """Cases that are made one by one. Where making one fails, a case comes instead that fails with the same error when it
-    is called, and those behind it are left out: what other shapes there are can still be measured."""
-    try:
-        yield from cases
-    except Exception as error:
-        yield Case(what, "", 0, {"ours": partial(_fail, brief(error))})
-
-
-def _fail(text: str) -> None:
-    raise RuntimeError(f"could not be made: {text}") from None
-
-
 def bench(
     families: Sequence[str], quick: bool = False, out: str | None = None, seconds: float = SECONDS,
     say: Callable[[str], None] = lambda text: None,
@@ -160,13 +97,21 @@ def bench(
         except Exception as error:
             run.faults.append(f"{family}: {error if isinstance(error, WrongResults) else brief(error)}")
         faults += run.faults
-        if mine := [row for row in rows if row["family"] == family]:
-            say(f"figure: {bench_figure.draw(mine, f'figures/kernels_{family}_{slug(device)}.png')}")
+        draw([row for row in rows if row["family"] == family], f"figures/kernels_{family}_{slug(device)}.png", say)
         if not alive():
             faults.append(f"the GPU no longer answers after {family}; not measured: {', '.join(waiting) or 'nothing'}")
             break
         release()
     return rows, faults
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: str, say: Callable[[str], None]) -> None:
+    """The figure of a family, if there is anything to draw; without it the rows are still there."""
+    try:
+        if rows:
+            say(f"figure: {bench_figure.draw(rows, path)}")
+    except Exception as error:
+        say(f"no figure ({brief(error)})")
 
 
 @dataclass
@@ -180,9 +125,7 @@ class FamilyRun:
     until: float
     quick: bool
     say: Callable[[str], None]
-
-    def __post_init__(self):
-        self.faults: list[str] = []
+    faults: list[str] = field(default_factory=list)
 
     def cases(self) -> Iterator[list[dict[str, Any]]]:
         """The rows of every case, until there are no more or no time is left. Nothing wrong is timed."""
@@ -283,4 +226,4 @@ def line(row: Mapping[str, Any]) -> str:
 
 def report(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table."""
-    return "\n".join(line(row) for row in rows)
+    return "\n".join(map(line, rows))

@@ -13,11 +13,9 @@ from triton.runtime import interpreter
 
 def quicken() -> bool:
     """Let device functions be called without replacing the language again; whether this version could be helped."""
-    try:
-        function: Any = interpreter.InterpretedFunction
-        patch = interpreter._patch_lang
-        function.rewrite, interpreter.InterpreterError  # noqa: B018 (this version has what is used below)
-    except AttributeError:
+    function: Any = getattr(interpreter, "InterpretedFunction", None)
+    patch: Any = getattr(interpreter, "_patch_lang", None)
+    if patch is None or not hasattr(function, "rewrite") or not hasattr(interpreter, "InterpreterError"):
         return False
 
     def call(self, *arguments, **named):

@@ -5,6 +5,7 @@ the same numbers. Every tensor lies inside a larger buffer of NaN: a kernel that
 between the elements of a strided one, gets NaN, and one that writes there is found by comparing the bits.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,19 @@ class Problem:
             "" if self.launch is None else str(self.launch),
         ]
         return f"{self.function}({'; '.join(detail for detail in details if detail)})"
+
+    def fingerprint(self) -> bytes:
+        """The same bytes for the same problem, and for no other."""
+        found = hashlib.blake2b()
+        for part in (self.inputs, self.constants, self.cotangents):
+            for name, value in part.items():
+                found.update(name.encode() + b" absent" * (value is None))
+                if value is not None:
+                    array = np.asarray(value)
+                    found.update(repr((array.shape, array.dtype.str)).encode() + array.tobytes())
+        plain = self.function, self.dtype, self.parameters, self.layouts, self.launch, self.dtypes
+        found.update(repr([dict(part) if isinstance(part, Mapping) else part for part in plain]).encode())
+        return found.digest()
 
     def show(self, limit: int = 64) -> str:
         """The case with its numbers, for somebody who has to find a bug with it."""

@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,18 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """Functions on torch tensors under the names of a family's reference, and where they run."""
+    """Functions on torch tensors under the names of a family's reference, and where they run.
+
+    ``memory`` holds runs and expectations of problems already seen, for one search: several properties look at the
+    same problems, and in the interpreter a run takes most of the time.
+    """
 
     functions: Mapping[str, Callable]
     device: str
     backend: str
     ours: bool = True
     differentiable: bool = True
+    memory: dict[Any, Any] | None = field(default=None, compare=False)
 
     @property
     def gpu(self) -> bool:
@@ -78,6 +83,21 @@ def execute(subject: Subject, problem: Problem, gradients: bool = True) -> Run:
     pulled = torch.autograd.grad(smooth, tensors, [s.tensor for s in seeds], allow_unused=True)
     found = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, pulled)]
     return Run([o.detach() for o in outputs], found, held + seeds)
+
+
+def remembered(subject: Subject, what: Any, problem: Problem, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, made once for ``what`` and a problem where the subject has a memory."""
+    if subject.memory is None:
+        return make()
+    key = what, problem.fingerprint()
+    if key not in subject.memory:
+        subject.memory[key] = make()
+    return subject.memory[key]
+
+
+def seen(subject: Subject, problem: Problem) -> Run:
+    """`execute`, or the run of the same problem that another property has made. Not to be changed."""
+    return remembered(subject, subject.functions[problem.function], problem, lambda: execute(subject, problem))
 
 
 def placed_operands(subject: Subject, problem: Problem) -> tuple[list[Placed], list[Placed | None]]:

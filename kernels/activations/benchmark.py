@@ -1,13 +1,14 @@
 """What is timed for the gated units: forward and backward beside torch, torch.compile and Liger where importable."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kernels.activations import op, traffic
-from kernels.bench import Case
+from kernels.contenders import Case, made, prepared
 from minillm.checks import MissingPackageError, optional_import
 
 SHAPES = ((16_384, 2048), (8192, 8192), (8192, 14_336), (8192, 32_768))
@@ -37,18 +38,28 @@ def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, com
             torch.randn(n_rows, d, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(3)
         )
         for name, plain in PLAIN.items():
-            peers: dict[str, Callable] = {"ours": getattr(op, name), "torch": plain}
-            liger = _liger() if name == "swiglu_pair" else None
-            if liger is not None:
-                peers["liger"] = liger
-            if compiled:
-                torch._dynamo.reset()
-                peers["torch.compile"] = torch.compile(plain, dynamic=False)
-            kind, size = str(dtype).removeprefix("torch."), value.element_size()
-            forward = {peer: _forward(f, value, gate) for peer, f in peers.items()}
-            yield Case(f"{name} forward {n_rows}x{d}", kind, traffic.forward_bytes(n_rows, d, size), forward)
-            backward = {peer: _backward(f, value, gate, dy) for peer, f in peers.items()}
-            yield Case(f"{name} backward {n_rows}x{d}", kind, traffic.backward_bytes(n_rows, d, size), backward)
+            yield from made(_of_unit(name, plain, value, gate, dy, compiled, say), f"{name} {n_rows}x{d}")
+
+
+def _of_unit(
+    name: str, plain: Callable, value: torch.Tensor, gate: torch.Tensor, dy: torch.Tensor, compiled: bool,
+    say: Callable[[str], None],
+) -> Iterator[Case]:  # fmt: skip
+    n_rows, d = value.shape
+    peers: dict[str, Callable] = {"ours": getattr(op, name), "torch": plain}
+    liger = _liger() if name == "swiglu_pair" else None
+    if liger is not None:
+        peers["liger"] = liger
+    if compiled:
+        torch._dynamo.reset()
+        peers["torch.compile"] = torch.compile(plain, dynamic=False)
+    kind, size = str(value.dtype).removeprefix("torch."), value.element_size()
+    forward = {peer: _forward(f, value, gate) for peer, f in peers.items()}
+    moved = traffic.forward_bytes(n_rows, d, size)
+    yield Case(f"{name} forward {n_rows}x{d}", kind, moved, forward, line=f"{name} forward", size=d)
+    makers = {peer: partial(_backward, f, value, gate, dy) for peer, f in peers.items()}
+    backward, moved = prepared(makers, say, f"{name} backward"), traffic.backward_bytes(n_rows, d, size)
+    yield Case(f"{name} backward {n_rows}x{d}", kind, moved, backward, line=f"{name} backward", size=d)
 
 
 def _forward(function: Callable, value: torch.Tensor, gate: torch.Tensor) -> Callable[[], Any]:

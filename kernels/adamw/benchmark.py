@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kernels.adamw import launch, op, traffic
-from kernels.bench import Case
+from kernels.contenders import Case, made
 from minillm.checks import MissingPackageError, optional_import
 
 MODELS = {"124M": (12, 768, 3072, 50_304), "1.2B": (16, 2048, 8192, 50_304)}  # layers, d_model, d_ff, V
@@ -80,15 +80,19 @@ def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, com
     sizes = {str(s): s for s in shapes} if shapes else {n: MODELS[n] for n in (QUICK_MODELS if quick else MODELS)}
     for name, size in sizes.items():
         for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
-            parameters = _parameters(shapes_of(*size), device, dtype)
-            n, kind = sum(p.numel() for p in parameters), str(dtype).removeprefix("torch.")
-            optimizer = op.AdamW(parameters, **SETTINGS)
-            itemsize, has_master = parameters[0].element_size(), dtype != torch.float32
-            contenders = {"ours": _updates(optimizer), **_peers(parameters, compiled)}
-            moved = traffic.step_bytes(n, itemsize, has_master)
-            yield Case(f"step {name}", kind, moved, contenders)
-            clipped = {"ours": lambda o=optimizer: o.step(1.0), "torch": _clipped(parameters)}
-            yield Case(f"clip and step {name}", kind, moved + n * itemsize, clipped)
+            yield from made(_of_model(name, size, dtype, device, compiled), f"step {name}")
+
+
+def _of_model(name: str, size: tuple[int, ...], dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
+    parameters = _parameters(shapes_of(*size), device, dtype)
+    n, kind = sum(p.numel() for p in parameters), str(dtype).removeprefix("torch.")
+    optimizer = op.AdamW(parameters, **SETTINGS)
+    itemsize, has_master = parameters[0].element_size(), dtype != torch.float32
+    contenders = {"ours": _updates(optimizer), **_peers(parameters, compiled)}
+    moved = traffic.step_bytes(n, itemsize, has_master)
+    yield Case(f"step {name}", kind, moved, contenders, line=f"step {kind}", size=n)
+    clipped = {"ours": lambda o=optimizer: o.step(1.0), "torch": _clipped(parameters)}
+    yield Case(f"clip and step {name}", kind, moved + n * itemsize, clipped, line=f"clip and step {kind}", size=n)
 
 
 def sweep_cases(device: str, shapes=()) -> Iterator[Case]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.attention import launch, op, peers, traffic
 from kernels.attention.config import Plan, Tile
 from kernels.attention.launch import Pattern
-from kernels.bench import Case
+from kernels.contenders import Case, alike, brief, made
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,24 @@ def _of_16k(L: int, d: int, causal: bool) -> Shape:
     return Shape(max(16_384 // L, 1), H, H, L, d, d, causal)
 
 
+GROUPED, PACKED = Shape(2, 32, 4, 8192, 128, 128, True), Shape(1, 16, 16, 16_384, 128, 128, True, None, 24)
+# The most important first, forward and backward in turn: a run may have no time for the last.
 FORWARD = (
-    *(_of_16k(L, 128, causal) for causal in (False, True) for L in (1024, 4096, 8192, 16_384)),
-    *(_of_16k(L, 64, causal) for causal in (False, True) for L in (4096, 16_384)),
-    _of_16k(8192, 256, True),
-    Shape(2, 32, 4, 8192, 128, 128, True),
+    *(_of_16k(L, 128, causal) for L in (8192, 4096, 16_384) for causal in (True, False)),
+    GROUPED,
     Shape(1, 16, 16, 32_768, 128, 128, True, 1024),
+    PACKED,
+    *(_of_16k(L, 64, causal) for L in (16_384, 4096) for causal in (True, False)),
     Shape(2, 16, 16, 8192, 192, 128, True),
-    Shape(1, 16, 16, 16_384, 128, 128, True, None, 24),
+    _of_16k(8192, 256, True),
+    *(_of_16k(1024, 128, causal) for causal in (True, False)),
 )
 BACKWARD = (
-    *(_of_16k(L, 128, causal) for causal in (False, True) for L in (1024, 4096, 16_384)),
+    *(_of_16k(L, 128, causal) for L in (8192, 4096, 16_384) for causal in (True, False)),
+    GROUPED,
+    PACKED,
     _of_16k(8192, 64, True),
-    Shape(2, 32, 4, 8192, 128, 128, True),
-    Shape(1, 16, 16, 16_384, 128, 128, True, None, 24),
+    *(_of_16k(1024, 128, causal) for causal in (True, False)),
 )
 QUICK = (_of_16k(4096, 128, False), _of_16k(8192, 128, True))
 SMALLEST = (
@@ -94,10 +98,16 @@ def _ours(shape: Shape, starts: Tensor | None) -> Callable:
     return lambda q, k, v: op.attention(q, k, v, causal=shape.causal, window=shape.window)
 
 
+def with_flex(shape: Shape) -> bool:
+    """Whether flex_attention takes part: compiling it takes seconds for every shape, so where it has something to show."""
+    return shape.L == 8192 or shape.window is not None or shape.documents > 0
+
+
 def contenders(shape: Shape, tensors: list[Tensor], compiled: bool, say: Callable[[str], None]) -> dict[str, Callable]:
     """Ours, and the peers that run here and agree with it."""
     device = str(tensors[0].device)
     starts = starts_of(shape, device) if shape.documents else None
+    compiled = compiled and with_flex(shape)
     if starts is None:
         candidates = peers.dense_peers(shape.causal, shape.window, shape.L, device, compiled)
     else:
@@ -105,14 +115,14 @@ def contenders(shape: Shape, tensors: list[Tensor], compiled: bool, say: Callabl
     ours = _ours(shape, starts)
     found = {"ours": ours}
     with torch.no_grad():
-        wanted = ours(*tensors).float()
+        wanted = ours(*tensors)
         for name, function in candidates.items():
             if function is None:
                 continue
             try:
-                agrees = torch.allclose(function(*tensors).float(), wanted, atol=3e-2, rtol=3e-2)
+                agrees = alike(function(*tensors), wanted)
             except Exception as error:  # a peer that does not run on this machine is left out, and said to be
-                say(f"{name} {shape.name}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+                say(f"{name} {shape.name}: left out ({brief(error)})")
                 continue
             if agrees:
                 found[name] = function
@@ -143,7 +153,7 @@ def _backward_call(function: Callable, tensors: list[Tensor], say: Callable[[str
         seed = torch.randn_like(out)
         torch.autograd.grad(out, tensors, seed, retain_graph=True)
     except Exception as error:
-        say(f"{name}: no backward here ({type(error).__name__})")
+        say(f"{name}: no backward here ({brief(error)})")
         return None
     return lambda: torch.autograd.grad(out, tensors, seed, retain_graph=True)
 
@@ -151,29 +161,34 @@ def _backward_call(function: Callable, tensors: list[Tensor], say: Callable[[str
 def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, compiled: bool = True) -> Iterator[Case]:
     """Every shape forward, and some backward."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    kind = str(dtype).removeprefix("torch.")
-    for backward, wanted in (
-        (False, shapes or (QUICK if quick else FORWARD)),
-        (True, shapes or (QUICK if quick else BACKWARD)),
-    ):
-        for shape in wanted:
-            tensors = operands(shape, dtype, device)
-            runners = contenders(shape, tensors, compiled, say)
-            sizes = (shape.B, shape.H, shape.H_kv, shape.L, shape.L, shape.d, shape.d_v, tensors[0].element_size())
-            n_pairs = _pairs(shape, device)
-            if backward:
-                calls = {name: _backward_call(f, tensors, say, name) for name, f in runners.items()}
-                yield Case(
-                    f"backward {shape.name}", kind, traffic.backward_bytes(*sizes),
-                    {name: call for name, call in calls.items() if call is not None},
-                    flops=traffic.backward_flops(n_pairs, shape.d, shape.d_v), flush=False,
-                )  # fmt: skip
-            else:
-                yield Case(
-                    f"forward {shape.name}", kind, traffic.forward_bytes(*sizes),
-                    {name: _forward_call(f, tensors) for name, f in runners.items()},
-                    flops=traffic.forward_flops(n_pairs, shape.d, shape.d_v), flush=False,
-                )  # fmt: skip
+    forward, backward = (shapes, shapes) if shapes else (QUICK, QUICK) if quick else (FORWARD, BACKWARD)
+    for shape in dict.fromkeys((*forward, *backward)):
+        found = _of_shape(shape, dtype, device, shape in backward, compiled, say)
+        yield from made(found, f"attention {shape.name}")
+
+
+def _of_shape(
+    shape: Shape, dtype: torch.dtype, device: str, backward: bool, compiled: bool, say: Callable[[str], None]
+) -> Iterator[Case]:
+    tensors = operands(shape, dtype, device)
+    runners = contenders(shape, tensors, compiled, say)
+    sizes = (shape.B, shape.H, shape.H_kv, shape.L, shape.L, shape.d, shape.d_v, tensors[0].element_size())
+    n_pairs, kind = _pairs(shape, device), str(dtype).removeprefix("torch.")
+    mask = shape.name.split(" ")[0] + " packed" * (shape.documents > 0) + " grouped" * (shape.H_kv != shape.H)
+    line = f"{mask} d={shape.d}"
+    yield Case(
+        f"forward {shape.name}", kind, traffic.forward_bytes(*sizes),
+        {name: _forward_call(f, tensors) for name, f in runners.items()},
+        flops=traffic.forward_flops(n_pairs, shape.d, shape.d_v), flush=False, line=f"forward {line}", size=shape.L,
+    )  # fmt: skip
+    if not backward:
+        return
+    calls = {name: _backward_call(f, tensors, say, name) for name, f in runners.items()}
+    yield Case(
+        f"backward {shape.name}", kind, traffic.backward_bytes(*sizes),
+        {name: call for name, call in calls.items() if call is not None},
+        flops=traffic.backward_flops(n_pairs, shape.d, shape.d_v), flush=False, line=f"backward {line}", size=shape.L,
+    )  # fmt: skip
 
 
 def _neighbours(tile: Tile) -> list[Tile]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.bench import Case
+from kernels.contenders import Case, alike, brief, made
 from kernels.decode import launch, op, traffic
 from kernels.decode.config import plan_for
 from minillm.checks import MissingPackageError, optional_import
@@ -22,6 +22,8 @@ from minillm.checks import MissingPackageError, optional_import
 SHAPES = {
     "batch 64, group of 4, 8k": (64, 32, 8, 1, 8192, 128, 128),
     "batch 1, group of 8, 32k": (1, 64, 8, 1, 32_768, 128, 128),
+    "batch 1, group of 8, 8k": (1, 64, 8, 1, 8192, 128, 128),
+    "batch 1, group of 8, 128k": (1, 64, 8, 1, 131_072, 128, 128),
     "batch 8, multi-head, 8k": (8, 32, 32, 1, 8192, 128, 128),
     "batch 16, group of 8, 4 new, 16k": (16, 64, 8, 4, 16_384, 128, 128),
     "batch 128, group of 4, 64 wide, 4k": (128, 32, 8, 1, 4096, 64, 64),
@@ -98,9 +100,9 @@ def _peers(operands: list[Tensor], say: Callable[[str], None]) -> dict[str, Call
         if function is None:
             continue
         try:
-            same = torch.allclose(function(*operands).float(), truth, atol=2e-2, rtol=2e-2)
+            same = alike(function(*operands), truth)
         except Exception as error:  # a peer that does not run on this machine is left out, and said to be
-            say(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+            say(f"{name}: left out ({brief(error)})")
             continue
         if same:
             found[name] = function
@@ -114,14 +116,21 @@ def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, com
     named = shapes or {n: s for n, s in SHAPES.items() if not quick or n in QUICK}
     with torch.no_grad():
         for name, shape in named.items():
-            operands = _operands(shape, device, False)
-            calls = {"ours": lambda q, k, v: op.decode_attention(q, k, v)[0], **_peers(operands, say)}
-            yield _case(name, shape, operands, calls, False)
+            yield from made(_plain(name, shape, device, say), name)
         for name, shape in {} if quick or shapes else LATENT_SHAPES.items():
-            operands = _operands(shape, device, True)
-            yield _case(
-                name, shape, operands, {"ours": lambda q, c: op.latent_decode_attention(q, c, None, 512)[0]}, True
-            )
+            yield from made(_latent(name, shape, device), name)
+
+
+def _plain(name: str, shape: tuple[int, ...], device: str, say: Callable[[str], None]) -> Iterator[Case]:
+    operands = _operands(shape, device, False)
+    calls = {"ours": lambda q, k, v: op.decode_attention(q, k, v)[0], **_peers(operands, say)}
+    yield _case(name, shape, operands, calls, False)
+
+
+def _latent(name: str, shape: tuple[int, ...], device: str) -> Iterator[Case]:
+    operands = _operands(shape, device, True)
+    calls = {"ours": lambda q, c: op.latent_decode_attention(q, c, None, 512)[0]}
+    yield _case(name, shape, operands, calls, True)
 
 
 def _case(name: str, shape: tuple[int, ...], operands: list[Tensor], calls: dict[str, Callable], latent: bool) -> Case:
@@ -131,7 +140,7 @@ def _case(name: str, shape: tuple[int, ...], operands: list[Tensor], calls: dict
     return Case(
         name, kind, traffic.decode_bytes(lengths, H, H_kv, L_q, d, d_v, size, latent=latent),
         {peer: lambda function=function: function(*operands) for peer, function in calls.items()},
-        traffic.decode_flops(lengths, H, L_q, d, d_v),
+        traffic.decode_flops(lengths, H, L_q, d, d_v), line=f"{H}/{H_kv} heads of {d}, {B} texts", size=capacity,
     )  # fmt: skip
 
 

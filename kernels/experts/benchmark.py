@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench import Case
+from kernels.contenders import Case, alike, brief, made, prepared
 from kernels.experts import launch, launch_routing, op, traffic
 from minillm.checks import MissingPackageError, optional_import
 
@@ -76,11 +76,11 @@ def _agreeing(
             continue
         try:
             with torch.no_grad():
-                a, b = ours().float(), call().float()
+                agrees = alike(call(), ours())
         except Exception as error:  # a peer that does not run on this machine is left out, and said to be
-            say(f"{peer} {name}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+            say(f"{peer} {name}: left out ({brief(error)})")
             continue
-        if torch.allclose(a, b, atol=5e-2 * float(b.abs().max()), rtol=5e-2):
+        if agrees:
             found[peer] = call
         else:
             say(f"{peer} {name}: left out, its results differ from ours")
@@ -107,9 +107,9 @@ def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, com
     for sizes in shapes or (QUICK_SHAPES if quick else SHAPES):
         for skew in (False, True):
             name = f"N={sizes[0]} E={sizes[1]} k={sizes[2]} d={sizes[3]} d_ff={sizes[4]}" + f" {ZIPF}" * skew
-            yield from _around(device, dtype, *sizes, name, skew)
-            yield from _product(device, dtype, *sizes, name, skew, say)
-            yield from _layer(device, dtype, *sizes, name, skew, say)
+            yield from made(_layer(device, dtype, *sizes, name, skew, say), f"layer {name}")
+            yield from made(_product(device, dtype, *sizes, name, skew, say), f"grouped product {name}")
+            yield from made(_around(device, dtype, *sizes, name, skew), f"around the products {name}")
 
 
 def _around(device, dtype, N, E, k, d, d_ff, name: str, skew: bool) -> Iterator[Case]:
@@ -157,7 +157,8 @@ def _product(device, dtype, N, E, k, d, d_ff, name: str, skew: bool, say) -> Ite
     moved = traffic.product_bytes(N * k, d, 2 * d_ff, E, dtype.itemsize)
     found = _agreeing(ours, peers, say, name)
     yield Case(f"grouped product {name}", str(dtype).removeprefix("torch."), moved,
-               {n: _quietly(c) for n, c in {"ours": ours, **found}.items()}, flops, flush=False)  # fmt: skip
+               {n: _quietly(c) for n, c in {"ours": ours, **found}.items()}, flops, flush=False,
+               line=f"grouped product E={E}{f' {ZIPF}' * skew}", size=N)  # fmt: skip
 
 
 def _layer(device, dtype, N, E, k, d, d_ff, name: str, skew: bool, say) -> Iterator[Case]:
@@ -181,7 +182,10 @@ def _layer(device, dtype, N, E, k, d, d_ff, name: str, skew: bool, say) -> Itera
         {n: _quietly(c) for n, c in {"ours": ours, **found}.items()},
         flops,
         flush=False,
+        line=f"layer forward E={E}{f' {ZIPF}' * skew}",
+        size=N,
     )
     backward = {"ours": op.mixture_of_experts, **{peer: f for peer, f in functions.items() if peer in found and f}}
     yield Case(f"layer backward {name}", kind, 2 * moved,
-               {n: _pull(f, operands, experts) for n, f in backward.items()}, 2 * flops, flush=False)  # fmt: skip
+               prepared({n: partial(_pull, f, operands, experts) for n, f in backward.items()}, say, name), 2 * flops,
+               flush=False, line=f"layer backward E={E}{f' {ZIPF}' * skew}", size=N)  # fmt: skip

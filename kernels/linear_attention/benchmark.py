@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench import Case
+from kernels.contenders import Case, alike, brief, made, prepared
 from kernels.linear_attention import launch, op, traffic
 from kernels.linear_attention.config import plan_for
 from minillm.checks import MissingPackageError, optional_import
@@ -58,9 +58,9 @@ def _peers(operands: list[Tensor], say: Callable[[str], None]) -> dict[str, Call
         return found
     try:
         with torch.no_grad():
-            same = torch.allclose(fla(*operands).float(), _ours(*operands).float(), atol=2e-2, rtol=2e-2)
+            same = alike(fla(*operands), _ours(*operands))
     except Exception as error:  # a peer that does not run on this machine is left out, and said to be
-        say(f"fla: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+        say(f"fla: left out ({brief(error)})")
         return found
     if not same:
         say("fla: left out, its results differ from ours")
@@ -82,20 +82,25 @@ def _backward_call(function: Callable, operands: list[Tensor]) -> Callable[[], A
 def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, compiled: bool = True) -> Iterator[Case]:
     """Forward and backward with the map inside, at every shape."""
     for B, H, L, d in shapes or (QUICK_SHAPES if quick else SHAPES):
-        operands = _operands((B, H, L, d), device)
-        functions = {"ours": _ours, **_peers(operands, say)}
-        size, kind = operands[0].element_size(), str(operands[0].dtype).removeprefix("torch.")
-        chunk = plan_for(B * H, L, d, d, size, launch.multiprocessors(operands[0].device)).chunk
-        yield Case(
-            f"forward {B}x{H}x{L}x{d}", kind, traffic.forward_bytes(B, H, L, d, d, size),
-            {peer: partial(_forward_call, function, operands) for peer, function in functions.items()},
-            traffic.forward_flops(B, H, L, d, d, chunk),
-        )  # fmt: skip
-        yield Case(
-            f"backward {B}x{H}x{L}x{d}", kind, traffic.backward_bytes(B, H, L, d, d, size),
-            {peer: _backward_call(function, operands) for peer, function in functions.items()},
-            traffic.backward_flops(B, H, L, d, d, chunk),
-        )  # fmt: skip
+        yield from made(_of_shape(B, H, L, d, device, say), f"{B}x{H}x{L}x{d}")
+
+
+def _of_shape(B: int, H: int, L: int, d: int, device: str, say: Callable[[str], None]) -> Iterator[Case]:
+    operands = _operands((B, H, L, d), device)
+    functions = {"ours": _ours, **_peers(operands, say)}
+    size, kind = operands[0].element_size(), str(operands[0].dtype).removeprefix("torch.")
+    chunk = plan_for(B * H, L, d, d, size, launch.multiprocessors(operands[0].device)).chunk
+    yield Case(
+        f"forward {B}x{H}x{L}x{d}", kind, traffic.forward_bytes(B, H, L, d, d, size),
+        {peer: partial(_forward_call, function, operands) for peer, function in functions.items()},
+        traffic.forward_flops(B, H, L, d, d, chunk), line=f"forward d={d}", size=L,
+    )  # fmt: skip
+    makers = {peer: partial(_backward_call, function, operands) for peer, function in functions.items()}
+    yield Case(
+        f"backward {B}x{H}x{L}x{d}", kind, traffic.backward_bytes(B, H, L, d, d, size),
+        prepared(makers, say, f"backward {B}x{H}x{L}x{d}"),
+        traffic.backward_flops(B, H, L, d, d, chunk), line=f"backward d={d}", size=L,
+    )  # fmt: skip
 
 
 def sweep_cases(device: str, shapes=SHAPES) -> Iterator[Case]:

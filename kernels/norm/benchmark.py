@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench import Case
+from kernels.contenders import Case, alike, brief, made, prepared
 from kernels.norm import launch, op, traffic
 from kernels.norm.config import BackwardPlan, backward_plan, forward_tile
 from minillm.checks import MissingPackageError, optional_import
 
-SHAPES = ((16_384, 1024), (8192, 4096), (8192, 5120), (4096, 8192), (4096, 16_384), (1024, 65_536))
+# The most important first: a run may have no time for the last.
+SHAPES = ((8192, 4096), (4096, 16_384), (16_384, 1024), (1024, 65_536), (4096, 8192), (8192, 5120))
 FLOAT32_SHAPES = ((8192, 4096),)
 QUICK_SHAPES = ((8192, 4096),)
 SMALLEST_SHAPES = ((4, 64),)  # for trying the machinery out
@@ -77,8 +78,7 @@ def _outputs(result: Any) -> tuple[Tensor, ...]:
 
 def _agree(ours: Callable, peer: Callable, operands: list[Tensor]) -> bool:
     """Whether a peer computes the same thing; nothing else is timed beside ours."""
-    a, b = _outputs(ours(*operands, EPS)), _outputs(peer(*operands, EPS))
-    return len(a) == len(b) and all(torch.allclose(x.float(), y.float(), atol=5e-2, rtol=5e-2) for x, y in zip(a, b))
+    return alike(_outputs(peer(*operands, EPS)), _outputs(ours(*operands, EPS)))
 
 
 def _peers(name: str, operands: list[Tensor], compiled: bool, say: Callable[[str], None]) -> dict[str, Callable]:
@@ -95,7 +95,7 @@ def _peers(name: str, operands: list[Tensor], compiled: bool, say: Callable[[str
             with torch.no_grad():
                 agrees = _agree(getattr(op, name), function, operands)
         except Exception as error:  # a peer that does not run on this machine is left out, and said to be
-            say(f"{peer} {name}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+            say(f"{peer} {name}: left out ({brief(error)})")
             continue
         if agrees:
             found[peer] = function
@@ -124,20 +124,27 @@ def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, com
         low = (torch.bfloat16,) if device == "cuda" else ()
         for dtype in (*low, torch.float32) if (n_rows, d) in FLOAT32_SHAPES or not low else low:
             for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"):
-                operands = _operands(name, n_rows, d, dtype, device)
-                contenders = {"ours": getattr(op, name), **_peers(name, operands, compiled, say)}
-                flags = {"centred": name.endswith("layer_norm"), "residual": name.startswith("add_"),
-                         "shift": name.endswith("layer_norm")}  # fmt: skip
-                size = operands[0].element_size()
-                kind = str(dtype).removeprefix("torch.")
-                yield Case(
-                    f"{name} forward {n_rows}x{d}", kind, traffic.forward_bytes(n_rows, d, size, size, **flags),
-                    {peer: _forward_call(function, operands) for peer, function in contenders.items()},
-                )  # fmt: skip
-                yield Case(
-                    f"{name} backward {n_rows}x{d}", kind, traffic.backward_bytes(n_rows, d, size, size, **flags),
-                    {peer: _backward_call(function, operands) for peer, function in contenders.items()},
-                )  # fmt: skip
+                yield from made(_of_shape(name, n_rows, d, dtype, device, compiled, say), f"{name} {n_rows}x{d}")
+
+
+def _of_shape(
+    name: str, n_rows: int, d: int, dtype: torch.dtype, device: str, compiled: bool, say: Callable[[str], None]
+) -> Iterator[Case]:
+    operands = _operands(name, n_rows, d, dtype, device)
+    contenders = {"ours": getattr(op, name), **_peers(name, operands, compiled, say)}
+    flags = {"centred": name.endswith("layer_norm"), "residual": name.startswith("add_"),
+             "shift": name.endswith("layer_norm")}  # fmt: skip
+    size, kind = operands[0].element_size(), str(dtype).removeprefix("torch.")
+    yield Case(
+        f"{name} forward {n_rows}x{d}", kind, traffic.forward_bytes(n_rows, d, size, size, **flags),
+        {peer: _forward_call(function, operands) for peer, function in contenders.items()},
+        line=f"{name} forward {kind}", size=d,
+    )  # fmt: skip
+    makers = {peer: partial(_backward_call, function, operands) for peer, function in contenders.items()}
+    yield Case(
+        f"{name} backward {n_rows}x{d}", kind, traffic.backward_bytes(n_rows, d, size, size, **flags),
+        prepared(makers, say, f"{name} backward {n_rows}x{d}"), line=f"{name} backward {kind}", size=d,
+    )  # fmt: skip
 
 
 def sweep_cases(device: str, shapes=SHAPES) -> Iterator[Case]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from kernels.bench import Case
-from kernels.quantised import launch, op, traffic
+from kernels.contenders import Case, made
+from kernels.quantised import launch, traffic
 from kernels.quantised.config import Tile
-from kernels.quantised.launch import FORMATS, Weight
+from kernels.quantised.launch import FORMATS
+from kernels.quantised.witness import weight_of
 from minillm.checks import MissingPackageError, optional_import
 
 SHAPES = tuple((rows, 4096, 4096) for rows in (1, 16, 512)) + (
@@ -46,51 +47,51 @@ def _torchao(w: torch.Tensor, kind: str) -> Callable | None:
     return linear
 
 
-def _weight(module: op.QuantisedLinear) -> Weight:
-    parts: Any = (module.codes, module.scale, module.meta, module.mean, module.n, module.k, module.block)
-    return Weight(module.kind, *parts)
-
-
 def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, compiled: bool = True) -> Iterator[Case]:
     """Every format at every shape; a product of bf16 weights is what the bytes saved are measured by."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for rows, n, k in shapes or (QUICK_SHAPES if quick else SHAPES):
-        generator = torch.Generator(device).manual_seed(0)
-        x, dy, w = (
-            torch.randn(shape, generator=generator, device=device).to(dtype) for shape in ((rows, k), (rows, n), (n, k))
-        )
         for kind in FORMATS:
-            weight, size = _weight(op.QuantisedLinear(w, kind)), f"{kind} {rows}x{k} by {n}"
-            peers: dict[str, Callable] = {
-                "ours": lambda a, q=weight: launch.product(a, q),
-                "torch product": lambda a, w=w: a @ w.t(),
-            }
-            for name, make in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao)):
-                found = make(w, kind)
-                if found is not None:
-                    peers[name] = found
-            if compiled and kind == "int8":
-                torch._dynamo.reset()
-                codes, scale = weight.codes, weight.scale.to(dtype)
-                peers["torch.compile"] = torch.compile(lambda a, c=codes, s=scale: a @ (c.to(a.dtype) * s).t())
-            moved = traffic.product_bytes(rows, n, k, x.element_size(), kind)
-            flops, flush = traffic.product_flops(rows, n, k), rows <= 16
-            named = str(dtype).removeprefix("torch.")
-            forward = {name: lambda f=f, x=x: f(x) for name, f in peers.items()}
-            yield Case(f"forward {size}", named, moved, forward, flops, flush)
-            back = {
-                "ours": lambda d=dy, q=weight: launch.product(d, q, True), "torch product": lambda d=dy, w=w: d @ w
-            }  # fmt: skip
-            yield Case(f"backward {size}", named, moved, back, flops, flush)
+            yield from made(_of_format(kind, rows, n, k, dtype, device, compiled), f"{kind} {rows}x{k} by {n}")
+
+
+def _of_format(kind: str, rows: int, n: int, k: int, dtype: torch.dtype, device: str, compiled: bool) -> Iterator[Case]:
+    generator = torch.Generator(device).manual_seed(0)
+    x, dy, w = (
+        torch.randn(shape, generator=generator, device=device).to(dtype) for shape in ((rows, k), (rows, n), (n, k))
+    )
+    # Codes made on the GPU: quantising real weights is the host's work and would take longer than the timing.
+    weight, size = weight_of(kind, torch.randint(-1, 2, (n, k), device=device)), f"{kind} {rows}x{k} by {n}"
+    peers: dict[str, Callable] = {
+        "ours": lambda a, q=weight: launch.product(a, q),
+        "torch product": lambda a, w=w: a @ w.t(),
+    }
+    for name, make in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao)):
+        found = make(w, kind)
+        if found is not None:
+            peers[name] = found
+    if compiled and kind == "int8":
+        torch._dynamo.reset()
+        codes, scale = weight.codes, weight.scale.to(dtype)
+        peers["torch.compile"] = torch.compile(lambda a, c=codes, s=scale: a @ (c.to(a.dtype) * s).t())
+    moved = traffic.product_bytes(rows, n, k, x.element_size(), kind)
+    flops, flush = traffic.product_flops(rows, n, k), rows <= 16
+    named = str(dtype).removeprefix("torch.")
+    forward = {name: lambda f=f, x=x: f(x) for name, f in peers.items()}
+    yield Case(f"forward {size}", named, moved, forward, flops, flush, f"forward {kind} {k} by {n}", rows)
+    back = {
+        "ours": lambda d=dy, q=weight: launch.product(d, q, True), "torch product": lambda d=dy, w=w: d @ w
+    }  # fmt: skip
+    yield Case(f"backward {size}", named, moved, back, flops, flush, f"backward {kind} {k} by {n}", rows)
 
 
 def sweep_cases(device: str, shapes=((16, 4096, 4096), (512, 4096, 4096))) -> Iterator[Case]:
     """Other tiles, to choose those of `config.py` from."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for rows, n, k in shapes:
-        x, w = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, k), (n, k)))
+        x = torch.randn(rows, k, device=device).to(dtype)
         for kind in FORMATS:
-            weight = _weight(op.QuantisedLinear(w, kind))
+            weight = weight_of(kind, torch.randint(-1, 2, (n, k), device=device))
             heights = (16,) if rows <= 16 else (64, 128)
             tiles = [Tile(h, out, 64, warps, stages) for h in heights for out in (16, 32, 64)
                      for warps in (2, 4, 8) for stages in (1, 2, 3)]  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.bench import Case
+from kernels.contenders import Case, made
 from kernels.rope import op, traffic
 from minillm.checks import MissingPackageError, optional_import
 from minillm.functional.positions import rotation_angles
@@ -47,7 +47,7 @@ def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, com
         x = torch.randn(batch, heads, length, d, device=device).to(dtype)
         size = traffic.turn_bytes(batch, heads, length, d, x.element_size())
         kind, shape = str(dtype).removeprefix("torch."), f"{batch}x{heads}x{length}x{d}"
-        yield from _of_shape(x, cos, sin, compiled, kind, shape, size)
+        yield from made(_of_shape(x, cos, sin, compiled, kind, shape, size), shape)
 
 
 def _of_shape(x, cos, sin, compiled: bool, kind: str, shape: str, size: int) -> Iterator[Case]:
@@ -66,7 +66,9 @@ def _of_shape(x, cos, sin, compiled: bool, kind: str, shape: str, size: int) -> 
         "half in place": lambda: op.rope_(turned, cos, sin, pairing="half"),
     }
     for name, call in ours.items():
-        yield Case(f"{name} {shape}", kind, size, {"ours": call, **peers})
+        yield Case(
+            f"{name} {shape}", kind, size, {"ours": call, **peers}, line=f"{name} d={x.shape[3]}", size=x.shape[2]
+        )
 
 
 def sweep_cases(device: str, shapes=()) -> Iterator[Case]:

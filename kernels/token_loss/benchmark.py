@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench import Case
+from kernels.contenders import Case, brief, made
 from kernels.token_loss import launch, launch_linear, op, traffic
 from kernels.token_loss.config import RowTile, loss_tile, row_tile
 from minillm.checks import MissingPackageError, optional_import
 
-SHAPES = ((16_384, 32_000), (8192, 128_256), (4096, 151_936), (8192, 50_257), (65_536, 4096))  # rows, V
+# rows, V; the most important first: a run may have no time for the last
+SHAPES = ((8192, 128_256), (16_384, 32_000), (4096, 151_936), (8192, 50_257), (65_536, 4096))
 LINEAR_SHAPES = ((8192, 4096, 128_256), (16_384, 2048, 32_000))  # rows, d, V
 QUICK_SHAPES, QUICK_LINEAR = ((8192, 128_256),), ((8192, 4096, 128_256),)
 SMALLEST_SHAPES, SMALLEST_LINEAR = ((4, 64),), ((4, 16, 64),)  # for trying the machinery out
@@ -60,7 +61,7 @@ def _kept(
             call, value = make(function)
             value = value.detach()
         except Exception as error:  # a peer that does not run on this machine
-            say(f"{name} {what}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+            say(f"{name} {what}: left out ({brief(error)})")
             continue
         if abs(float(value) - float(ours)) <= 2e-2 * max(abs(float(ours)), 1.0):
             found[name] = call
@@ -85,16 +86,24 @@ def torch_policy_loss(logits: Tensor, targets: Tensor, old: Tensor, ref: Tensor,
 def cases(device: str, quick: bool, say: Callable[[str], None], shapes=None, linear=None, compiled: bool = True) -> Iterator[Case]:  # fmt: skip
     """Statistics, cross-entropy and policy loss with their gradients, softmax, and the losses from hidden states."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    products = list(linear or (QUICK_LINEAR if quick else LINEAR_SHAPES))
     for n_rows, V in shapes or (QUICK_SHAPES if quick else SHAPES):
         logits = _normal(n_rows, V, dtype=dtype, device=device)
         targets = torch.randint(0, V, (n_rows,), device=device)
-        yield _statistics(logits, targets)
-        yield from _likelihood(logits, targets, say, compiled)
-        yield from _policy(logits, targets, say, compiled)
-        yield from _softmax(logits)
+        of_rows = (_likelihood(logits, targets, say, compiled), _policy(logits, targets, say, compiled),
+                   _statistics(logits, targets), _softmax(logits))  # fmt: skip
+        for found in of_rows:
+            yield from made(found, f"losses of {n_rows}x{V}")
         del logits
-    for n_rows, d, V in linear or (QUICK_LINEAR if quick else LINEAR_SHAPES):
-        yield from _linear(device, n_rows, d, V, dtype, say, compiled)
+        if products:
+            yield from _products(device, [products.pop(0)], dtype, say, compiled)
+    yield from _products(device, products, dtype, say, compiled)
+
+
+def _products(device, sizes, dtype, say, compiled) -> Iterator[Case]:
+    for n_rows, d, V in sizes:
+        found = _linear(device, n_rows, d, V, dtype, say, compiled)
+        yield from made(found, f"linear_cross_entropy {n_rows}x{d}x{V}")
 
 
 def _about(logits: Tensor) -> tuple[str, str, int, int, int]:
@@ -103,7 +112,7 @@ def _about(logits: Tensor) -> tuple[str, str, int, int, int]:
     return f"{n_rows}x{V}", kind, n_rows, V, logits.element_size()
 
 
-def _statistics(logits: Tensor, targets: Tensor) -> Case:
+def _statistics(logits: Tensor, targets: Tensor) -> Iterator[Case]:
     shape, kind, n_rows, V, size = _about(logits)
     z = logits.detach()
 
@@ -112,7 +121,8 @@ def _statistics(logits: Tensor, targets: Tensor) -> Case:
         return log_p.gather(-1, targets[:, None]), torch.logsumexp(z, -1), -(log_p.exp() * log_p).sum(-1)
 
     calls: Calls = {"ours": lambda: op.token_logprobs(z, targets), "torch": plain}
-    return Case(f"token_logprobs {shape}", kind, traffic.statistics_bytes(n_rows, V, size), calls)
+    moved = traffic.statistics_bytes(n_rows, V, size)
+    yield Case(f"token_logprobs {shape}", kind, moved, calls, line="token_logprobs", size=V)
 
 
 def _likelihood(logits: Tensor, targets: Tensor, say: Callable, compiled: bool) -> Iterator[Case]:
@@ -133,10 +143,12 @@ def _likelihood(logits: Tensor, targets: Tensor, say: Callable, compiled: bool) 
     weight = torch.full((n_rows,), 1.0 / n_rows, device=logits.device)
     once = lambda: ignored(logits.detach(), targets, weight, launch.LikelihoodTerms(), 1.0, -100)  # noqa: E731
     bytes_ = traffic.loss_bytes(n_rows, V, size, policy=False)
-    yield Case(f"cross_entropy forward+backward one launch {shape}", kind, bytes_, {"ours": once, **calls})
+    yield Case(f"cross_entropy forward+backward one launch {shape}", kind, bytes_, {"ours": once, **calls},
+               line="cross_entropy one launch", size=V)  # fmt: skip
     split = traffic.split_loss_bytes(n_rows, V, size, policy=False)
     two = _with_gradient(op.cross_entropy, (logits,), targets)
-    yield Case(f"cross_entropy forward+backward two launches {shape}", kind, split, {"ours": two})
+    yield Case(f"cross_entropy forward+backward two launches {shape}", kind, split, {"ours": two},
+               line="cross_entropy two launches", size=V)  # fmt: skip
 
 
 def _policy(logits: Tensor, targets: Tensor, say: Callable, compiled: bool) -> Iterator[Case]:
@@ -174,10 +186,12 @@ def _policy(logits: Tensor, targets: Tensor, say: Callable, compiled: bool) -> I
     weight = torch.full((n_rows,), 1.0 / n_rows, device=logits.device)
     once = lambda: launch.loss_and_gradient(logits.detach(), targets, weight, terms, 1.0, -100, inplace=False)  # noqa: E731
     bytes_ = traffic.loss_bytes(n_rows, V, size, policy=True)
-    yield Case(f"policy_loss forward+backward one launch {shape}", kind, bytes_, {"ours": once, **calls})
+    yield Case(f"policy_loss forward+backward one launch {shape}", kind, bytes_, {"ours": once, **calls},
+               line="policy_loss one launch", size=V)  # fmt: skip
     split = traffic.split_loss_bytes(n_rows, V, size, policy=True)
     two = _with_gradient(partial(mine, False), (z,))
-    yield Case(f"policy_loss forward+backward two launches {shape}", kind, split, {"ours": two})
+    yield Case(f"policy_loss forward+backward two launches {shape}", kind, split, {"ours": two},
+               line="policy_loss two launches", size=V)  # fmt: skip
 
 
 def _softmax(logits: Tensor) -> Iterator[Case]:
@@ -185,7 +199,8 @@ def _softmax(logits: Tensor) -> Iterator[Case]:
     z = logits.detach()
     for name in ("softmax", "log_softmax"):
         calls: Calls = {"ours": partial(getattr(op, name), z), "torch": partial(getattr(torch, name), z, -1)}
-        yield Case(f"{name} forward {shape}", kind, traffic.softmax_bytes(n_rows, V, size), calls)
+        yield Case(f"{name} forward {shape}", kind, traffic.softmax_bytes(n_rows, V, size), calls,
+                   line=f"{name} forward", size=V)  # fmt: skip
 
 
 def _linear(device, n_rows, d, V, dtype, say, compiled) -> Iterator[Case]:
@@ -226,6 +241,7 @@ def _linear(device, n_rows, d, V, dtype, say, compiled) -> Iterator[Case]:
         yield Case(
             f"linear_cross_entropy {name} {shape}", kind, traffic.linear_bytes(n_rows, d, V, size, backward=backward), calls,
             flops=traffic.linear_flops(n_rows, d, V, backward=backward), flush=False,
+            line=f"linear_cross_entropy {name}", size=V,
         )  # fmt: skip
 
 

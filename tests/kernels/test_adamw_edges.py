@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels import bench, compare, launching
+from kernels import bench, compare, launching, timing
 from kernels.adamw import benchmark, config, family, launch, op, traffic, witness
 from kernels.subject import reader_function
 
@@ -128,7 +128,7 @@ def test_bytes_by_hand():
 
 
 def test_the_benchmark_runs():
-    seconds = bench.WallClock()
+    seconds = timing.WallClock()
     for case in benchmark.cases("cpu", True, print, benchmark.SMALLEST_SHAPES, compiled=False):
         times = bench.take_turns(case.contenders, seconds, 1, 1)
         assert set(times) > {"ours"} and case.bytes > 0

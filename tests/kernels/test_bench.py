@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kernels import bench, bench_figure, registry
+from kernels import bench, bench_figure, contenders, registry, timing
 from kernels.norm import benchmark
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's tests")
@@ -168,7 +168,7 @@ def test_a_case_that_cannot_be_made_takes_its_place_and_the_next_shape_follows()
                 raise ValueError("no room")
             yield bench.Case(name, "d", 1, {"ours": lambda: 1.0})
 
-    cases = [c for names in (("a", "bad", "b"), ("c",)) for c in bench.made(shape(names), "a shape")]
+    cases = [c for names in (("a", "bad", "b"), ("c",)) for c in contenders.made(shape(names), "a shape")]
     assert [case.name for case in cases] == ["a", "a shape", "c"]
     with pytest.raises(RuntimeError, match="could not be made: ValueError: no room"):
         cases[1].contenders["ours"]()
@@ -178,9 +178,9 @@ def test_a_case_that_cannot_be_made_takes_its_place_and_the_next_shape_follows()
 def test_peers_are_held_to_the_size_of_the_results_however_small(scale):
     """Attention over long texts gives small numbers: an absolute bound would let anything through."""
     ours = 1e-3 * torch.randn(100, generator=torch.Generator().manual_seed(0))
-    assert bench.alike(scale * ours, ours) == (scale < 1.02)
-    assert not bench.alike((ours, ours), ours)
-    assert not bench.alike(ours[:50], ours)
+    assert contenders.alike(scale * ours, ours) == (scale < 1.02)
+    assert not contenders.alike((ours, ours), ours)
+    assert not contenders.alike(ours[:50], ours)
 
 
 class Family:
@@ -279,3 +279,16 @@ def test_few_witnesses_come_before_the_timing_and_all_are_of_the_full_list(famil
     short, full = ([name for name, _ in witness.witnesses("cuda", short=s)] for s in (True, False))
     assert 0 < len(short) <= 16 and set(short) <= set(full)
     assert any("bfloat16" in name for name in short)
+
+
+@pytest.mark.parametrize(("family", "shapes"), [("decode", "SMALLEST"), ("experts", "SMALLEST_SHAPES"),
+                                                ("linear_attention", "SMALLEST_SHAPES")])  # fmt: skip
+def test_every_case_of_a_family_runs(family, shapes):
+    """On tiny shapes in the interpreter, torch's peers beside ours: what nobody has run fails on the day of a GPU."""
+    module, said, rows = registry.load_part(family, "benchmark"), [], []
+    ceilings = timing.measured_ceilings("cpu", 1 << 10, 16)
+    for case in module.cases("cpu", True, said.append, getattr(module, shapes), compiled=False):
+        assert case.bytes > 0
+        rows += bench.measure(family, case, timing.WallClock(), ceilings, "cpu", 1, 1, say=said.append)
+    assert {row["peer"] for row in rows} & {"sdpa", "torch", "loop", "softmax sdpa"}
+    assert not [text for text in said if "ours" in text.split(":")[0]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import bench, compare, launching
+from kernels import bench, compare, launching, timing
 from kernels.quantised import benchmark, config, launch, op, traffic, witness
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: test_quantised_gpu.py")
@@ -111,7 +111,7 @@ def test_configuration_is_pure():
 
 
 def test_the_benchmark_runs():
-    clock = bench.WallClock()
+    clock = timing.WallClock()
     for case in benchmark.cases("cpu", True, print, benchmark.SMALLEST_SHAPES, compiled=False):
         assert set(bench.take_turns(case.contenders, clock, 1, 1)) > {"ours"} and case.bytes > 0 and case.flops > 0
 
