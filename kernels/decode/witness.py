@@ -16,6 +16,7 @@ from kernels.decode import launch
 from kernels.decode.config import Plan, plan_for
 from kernels.problem import mismatches
 
+FORMS = ("plain", "window, cap", "paged", "latent")
 SMALL = Plan(16, 16, 3, 1, 2, 2)
 # B, H_kv, group, L_q, capacity, d, d_v
 SHAPES = ((2, 2, 3, 2, 64, 24, 16), (1, 1, 20, 1, 33, 40, 24))
@@ -34,11 +35,17 @@ def witnesses(device: str, short: bool = False) -> Iterator[tuple[str, int]]:
     gpu = device != "cpu"
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.float16)
     for dtype in dtypes[2:] if short and gpu else dtypes:
-        for form in ("plain", "window, cap", "paged", "latent"):
-            for shape in _shapes(form, gpu, short):
-                for plan in (None, SMALL) if not gpu else (None,) if short else (None, "three splits"):
-                    name = f"{form} {shape} {dtype} {'own plan' if plan is None else 'three splits'}"
-                    yield name, wrong(device, shape, dtype, form, plan)
+        for form in FORMS:
+            yield from of_form(device, dtype, form, short)
+
+
+def of_form(device: str, dtype: torch.dtype, form: str, short: bool = False) -> Iterator[tuple[str, int]]:
+    """The exact problems of one dtype and form of cache."""
+    gpu = device != "cpu"
+    for shape in _shapes(form, gpu, short):
+        for plan in (None, SMALL) if not gpu else (None,) if short else (None, "three splits"):
+            name = f"{form} {shape} {dtype} {'own plan' if plan is None else 'three splits'}"
+            yield name, wrong(device, shape, dtype, form, plan)
 
 
 def _shapes(form: str, gpu: bool, short: bool) -> tuple[tuple[int, ...], ...]:

@@ -5,6 +5,7 @@ import torch
 
 from kernels import compare
 from kernels.attention import op, witness
+from tests.kernels.gpu import EXAMPLES
 
 pytestmark = pytest.mark.gpu
 
@@ -13,10 +14,12 @@ def normal(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, device="cuda").to(dtype).requires_grad_()
 
 
-def test_witnesses_are_exact():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("widths", witness.WIDTHS_GPU)
+def test_witnesses_are_exact(widths, dtype):
     """Equality for every width, dtype and mask: finds layout and assembler bugs that a tolerance would hide."""
-    wrong = {name: count for name, count in witness.witnesses("cuda") if count}
-    assert not wrong
+    found = witness.of_kind("cuda", dtype, *widths, witness.MASKS, witness.LENGTHS)
+    assert not {name: count for name, count in found if count}
 
 
 @pytest.mark.parametrize("d", [40, 64, 96, 128, 192, 256])
@@ -36,7 +39,7 @@ def test_two_runs_agree_in_every_bit(d, dtype):
 
 @pytest.mark.parametrize("name", [prop.name for prop in compare.registry.load("attention").PROPERTIES])
 def test_property(name):
-    outcomes = compare.compare("attention", examples=15, number=0, properties=[name])
+    outcomes = compare.compare("attention", examples=EXAMPLES, number=0, properties=[name])
     assert all(outcome.passed for outcome in outcomes), compare.report(outcomes)
 
 
@@ -68,7 +71,8 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
 
 def test_more_programs_than_a_second_axis_could_hold():
     q, k, v = normal(70_000, 1, 4, 16), normal(70_000, 1, 4, 16), normal(70_000, 1, 4, 16)
-    wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    # Written out: torch's own kernels have limits of their own on the number of heads.
+    wanted = (q.float() @ k.float().mT / 4).softmax(-1) @ v.float()
     assert torch.allclose(op.attention(q, k, v).float(), wanted, atol=3e-2)
 
 

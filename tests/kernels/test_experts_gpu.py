@@ -6,6 +6,7 @@ import torch
 from kernels import compare
 from kernels.experts import launch, op, witness
 from kernels.experts.module import MixtureOfExperts
+from tests.kernels.gpu import EXAMPLES
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +38,7 @@ def test_two_runs_agree_in_every_bit(N, E, k, d, d_ff, dtype):
 
 @pytest.mark.parametrize("name", [prop.name for prop in compare.registry.load("experts").PROPERTIES])
 def test_property(name):
-    outcomes = compare.compare("experts", examples=15, number=0, properties=[name])
+    outcomes = compare.compare("experts", examples=EXAMPLES, number=0, properties=[name])
     assert all(outcome.passed for outcome in outcomes), compare.report(outcomes)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from kernels import compare
 from kernels.linear_attention import op, witness
+from tests.kernels.gpu import EXAMPLES
 
 pytestmark = pytest.mark.gpu
 
@@ -17,7 +18,7 @@ def test_witnesses_are_exact():
 
 @pytest.mark.parametrize("name", [prop.name for prop in compare.registry.load("linear_attention").PROPERTIES])
 def test_property(name):
-    outcomes = compare.compare("linear_attention", examples=15, number=0, properties=[name])
+    outcomes = compare.compare("linear_attention", examples=EXAMPLES, number=0, properties=[name])
     assert all(outcome.passed for outcome in outcomes), compare.report(outcomes)
 
 

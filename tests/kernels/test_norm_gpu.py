@@ -5,14 +5,17 @@ import torch
 
 from kernels import compare, launching
 from kernels.norm import op, witness
+from tests.kernels.gpu import EXAMPLES
 
 pytestmark = pytest.mark.gpu
 
 
-def test_witnesses_are_exact():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", witness.LENGTHS_GPU)
+def test_witnesses_are_exact(d, dtype):
     """Equality for every length, dtype and variant: finds layout and assembler bugs that a tolerance would hide."""
-    wrong = {name: count for name, count in witness.witnesses("cuda") if count}
-    assert not wrong
+    variants = [(centred, residual) for centred in (False, True) for residual in (False, True)]
+    assert not [v for v in variants if witness.wrong("cuda", d, dtype, *v)]
 
 
 @pytest.mark.parametrize("d", [100, 768, 4096, 5000, 16_384, 40_000])
@@ -33,7 +36,7 @@ def test_two_runs_agree_in_every_bit(d, dtype):
 
 @pytest.mark.parametrize("name", [prop.name for prop in compare.registry.load("norm").PROPERTIES])
 def test_property(name):
-    outcomes = compare.compare("norm", examples=15, number=0, properties=[name])
+    outcomes = compare.compare("norm", examples=EXAMPLES, number=0, properties=[name])
     assert all(outcome.passed for outcome in outcomes), compare.report(outcomes)
 
 

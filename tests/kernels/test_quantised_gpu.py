@@ -5,6 +5,7 @@ import torch
 
 from kernels import compare
 from kernels.quantised import op, witness
+from tests.kernels.gpu import EXAMPLES
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +17,7 @@ def test_witnesses_are_exact():
 
 @pytest.mark.parametrize("name", [prop.name for prop in compare.registry.load("quantised").PROPERTIES])
 def test_property(name):
-    outcomes = compare.compare("quantised", examples=15, number=0, properties=[name])
+    outcomes = compare.compare("quantised", examples=EXAMPLES, number=0, properties=[name])
     assert all(outcome.passed for outcome in outcomes), compare.report(outcomes)
 
 

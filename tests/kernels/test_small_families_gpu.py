@@ -8,6 +8,7 @@ from kernels import compare, registry
 from kernels.transformer import Decoder
 from minillm.models import Config
 from minillm.models import Decoder as NumPyDecoder
+from tests.kernels.gpu import EXAMPLES
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +20,7 @@ class TestFamily:
         assert not wrong
 
     def test_properties(self, family):
-        outcomes = compare.compare(family, examples=15, number=0)
+        outcomes = compare.compare(family, examples=EXAMPLES, number=0)
         assert all(outcome.passed for outcome in outcomes), compare.report(outcomes)
 
 

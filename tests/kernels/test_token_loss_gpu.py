@@ -5,6 +5,7 @@ import torch
 
 from kernels import compare
 from kernels.token_loss import op, witness
+from tests.kernels.gpu import EXAMPLES
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +50,7 @@ def test_the_fused_loss_runs_the_same_twice_and_without_logits_in_memory():
 
 @pytest.mark.parametrize("name", [prop.name for prop in compare.registry.load("token_loss").PROPERTIES])
 def test_property(name):
-    outcomes = compare.compare("token_loss", examples=10, number=0, properties=[name])
+    outcomes = compare.compare("token_loss", examples=EXAMPLES, number=0, properties=[name])
     assert all(outcome.passed for outcome in outcomes), compare.report(outcomes)
 
 
