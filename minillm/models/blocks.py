@@ -64,6 +64,7 @@ def make_latent(config: Config, positions: NoPositions, causal: bool, rng: np.ra
         config.d_rotary or 2 * max(1, config.d_head // 4),
         rng,
         d_q=config.d_latent_q,
+        d_v=config.d_value,
         rope_base=config.rope_base,
         pairing=config.rope_pairing,
         norm_eps=config.norm_eps,
@@ -82,9 +83,11 @@ def make_linear(config: Config, positions: NoPositions, causal: bool, rng: np.ra
 MIXERS: dict[str, Callable[..., Module]] = {"heads": make_heads, "latent": make_latent, "linear": make_linear}
 
 
-def make_feed_forward(config: Config, rng: np.random.Generator) -> Module:
-    """The feed-forward network by its name, or a mixture of experts."""
+def make_feed_forward(config: Config, rng: np.random.Generator, dense: bool = False) -> Module:
+    """The feed-forward network by its name, or a mixture of experts; ``dense``: a block in front of those with experts."""
     d_ff, std, std_out = config.d_ff or 0, config.init_std, spread_out(config)
+    if dense:
+        return FeedForward(config.d_model, config.d_ff_dense or d_ff, "swiglu", rng, std=std, std_out=std_out)
     if config.ffn != "experts":
         return FeedForward(config.d_model, d_ff, config.ffn, rng, bias=config.bias, std=std, std_out=std_out)
     return MixtureOfExperts(
@@ -98,6 +101,7 @@ def make_feed_forward(config: Config, rng: np.random.Generator) -> Module:
         n_groups=config.n_expert_groups,
         k_groups=config.expert_groups_per_token,
         capacity_factor=config.capacity_factor,
+        scale=config.expert_scale,
         std=std,
         std_out=std_out,
     )
@@ -126,6 +130,7 @@ class TransformerBlock(Module):
         *,
         causal: bool,
         cross: bool = False,
+        dense: bool = False,
     ):
         self.pre, self.parallel = config.norm_place == "pre", config.layout == "parallel"
         self.halved, self.droppath = config.branches == "halved", config.droppath
@@ -135,7 +140,7 @@ class TransformerBlock(Module):
         self.cross_norm = make_norm(config.norm, config.d_model, config.norm_eps) if cross else None
         self.cross = make_heads(config, NoPositions(), False, rng) if cross else None
         self.ffn_norm = None if self.parallel else make_norm(config.norm, config.d_model, config.norm_eps)
-        self.ffn = make_feed_forward(config, rng)
+        self.ffn = make_feed_forward(config, rng, dense)
         learnt = config.branches == "learnt"
         self.attention_gain = parameter(np.full(1, config.branch_init)) if learnt else None
         self.cross_gain = parameter(np.full(1, config.branch_init)) if learnt and cross else None

@@ -79,10 +79,14 @@ class Config:
     router: str = "softmax"
     n_expert_groups: int = 1  # a token's experts come from a few groups of them: DeepSeek-V3
     expert_groups_per_token: int = 1
+    expert_scale: float = 1.0  # of the weights of a token's experts
+    n_dense_layers: int = 0  # with experts: so many blocks at the front have one gated network instead
+    d_ff_dense: int | None = None  # of that network; d_ff
     capacity_factor: float | None = None
     d_latent: int | None = None  # of latent attention: keys and values; d_model / 2
     d_latent_q: int | None = None  # of latent attention: queries; None: not compressed
     d_rotary: int | None = None  # of latent attention: the part that turns; half a head
+    d_value: int | None = None  # of latent attention: a head's values; as wide as its keys
 
     def __post_init__(self) -> None:
         self._fill("n_kv_heads", self.n_heads)
@@ -120,10 +124,19 @@ class Config:
             "branches": BRANCHES,
         }.items():
             require_one_of(getattr(self, name), allowed, "Config", name)
-        for name in ("n_encoder_layers", "head_width", "window", "d_latent", "d_latent_q", "d_rotary"):
+        for name in (
+            "n_encoder_layers",
+            "head_width",
+            "window",
+            "d_latent",
+            "d_latent_q",
+            "d_rotary",
+            "d_value",
+            "d_ff_dense",
+        ):
             if getattr(self, name) is not None:
                 require_positive(getattr(self, name), "Config", name, integer=True)
-        for name in ("n_segments", "n_shared_experts"):
+        for name in ("n_segments", "n_shared_experts", "n_dense_layers"):
             require_positive(getattr(self, name), "Config", name, integer=True, zero_ok=True)
 
     def _check_heads(self) -> None:
@@ -157,6 +170,11 @@ class Config:
         if self.layout == "parallel":
             wanted = "'sequential' for an encoder-decoder"
             require(self.architecture != "encoder-decoder", "Config", "the layout", wanted, self.layout)
+        dense = self.ffn == "experts" and self.architecture != "encoder-decoder"
+        most = self.n_layers if dense else 0
+        wanted = f"at most {most}" + ("" if dense else " without experts in one stack")
+        require(self.n_dense_layers <= most, "Config", "n_dense_layers", wanted, self.n_dense_layers)
+        require_positive(self.expert_scale, "Config", "expert_scale")
         if self.ffn == "experts":
             require_one_of(self.router, ROUTERS, "Config", "router")
             if self.capacity_factor is not None:

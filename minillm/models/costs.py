@@ -9,7 +9,7 @@ from minillm.autograd import Tensor
 from minillm.checks import require, require_one_of, require_positive
 from minillm.functional.feed_forward import GATES
 from minillm.models.config import Config
-from minillm.models.counting import count_active, count_attention, count_ffn, count_model
+from minillm.models.counting import count_active, count_attention, count_ffn, count_model, dense_layers
 
 
 def block_flops(
@@ -45,7 +45,17 @@ def forward_flops(config: Config, B: int, L: int, causal: bool | None = None) ->
     L_k = (L + 1) / 2 if causal else L
     if c.ffn == "experts":
         per_token = 2 * ((c.experts_per_token + c.n_shared_experts) * count_ffn(d, c.d_ff or 0, True) + d * c.n_experts)
-        block = 2 * count_attention(d, c.n_heads, c.n_kv_heads, c.d_head) + 4 * L_k * c.n_heads * c.d_head + per_token
+        block = 2 * count_attention(d, c.n_heads, c.n_kv_heads, c.d_head) + 4 * L_k * c.n_heads * c.d_head
+        return (
+            B
+            * L
+            * (
+                c.n_layers * block
+                + (c.n_layers - c.n_dense_layers) * per_token
+                + 2 * dense_layers(c)
+                + 2 * d * c.vocab_size
+            )
+        )
     else:
         block = block_flops(d, c.n_heads, c.d_ff or 0, L_k, c.n_kv_heads, c.d_head, c.ffn in GATES)
     return B * L * (c.n_layers * block + 2 * d * c.vocab_size)

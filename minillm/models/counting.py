@@ -102,18 +102,28 @@ def count_experts(d_model: int, d_ff: int, E: int, K_s: int = 0, gated: bool = T
 
 
 def count_mla(
-    d: int, H: int, d_head: int, d_c: int, d_R: int, d_q: int | None = None, latent_norm: bool = False
+    d: int,
+    H: int,
+    d_head: int,
+    d_c: int,
+    d_R: int,
+    d_q: int | None = None,
+    latent_norm: bool = False,
+    d_v: int | None = None,
 ) -> int:
     r"""Parameters of DeepSeek's latent attention; ``d_q`` is $d_c'$, None where queries are not compressed.
+
+    ``d_v`` is the width of a head's values where it is not that of its keys.
 
     Equation: `count-mla` $dd_c+2d_cHd_{\rm head}+dd_c'+d_c'H(d_{\rm head}+d_R)+dd_R+Hd_{\rm head}d$ (+ $d_c+d_c'$ with latent norms)
     Raises: ValueError for sizes that are not positive integers.
     Source: deepseek.
     """
-    _check("count_mla", d=d, H=H, d_head=d_head, d_c=d_c, d_R=d_R)
+    d_v = d_head if d_v is None else d_v
+    _check("count_mla", d=d, H=H, d_head=d_head, d_c=d_c, d_R=d_R, d_v=d_v)
     queries = (d if d_q is None else d_q) * H * (d_head + d_R) + (0 if d_q is None else d * d_q)
     norms = d_c + (d_q or 0) if latent_norm else 0
-    return d * d_c + 2 * d_c * H * d_head + queries + d * d_R + H * d_head * d + norms
+    return d * d_c + d_c * H * (d_head + d_v) + queries + d * d_R + H * d_v * d + norms
 
 
 def count_peft(
@@ -181,7 +191,7 @@ def count_model(config: Config) -> Parameters:
     return Parameters(
         embedding=count_embedding(c.vocab_size, d),
         attention=layers * _mixer(c) + crossed * heads,
-        ffn=layers * _feed_forward(c),
+        ffn=(layers - c.n_dense_layers) * _feed_forward(c) + dense_layers(c),
         norms=norm * (layers * (1 if c.layout == "parallel" else 2) + crossed + outside),
         head=0 if c.tied else count_lm_head(d, c.vocab_size),
         other=stacks * places + gains,
@@ -191,7 +201,7 @@ def count_model(config: Config) -> Parameters:
 def _mixer(c: Config) -> int:
     d_c, d_R = c.d_latent or max(1, c.d_model // 2), c.d_rotary or 2 * max(1, c.d_head // 4)
     if c.attention == "latent":
-        return count_mla(c.d_model, c.n_heads, c.d_head, d_c, d_R, c.d_latent_q, latent_norm=True)
+        return count_mla(c.d_model, c.n_heads, c.d_head, d_c, d_R, c.d_latent_q, latent_norm=True, d_v=c.d_value)
     if c.attention == "linear":
         return count_attention(c.d_model, c.n_heads)
     by_distance = 2 * (2 * c.shaw_distance + 1) * c.d_head if c.positions == "shaw" else 0
@@ -200,6 +210,11 @@ def _mixer(c: Config) -> int:
 
 def _heads(c: Config) -> int:
     return count_attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.bias) + (2 * c.d_head if c.qk_norm else 0)
+
+
+def dense_layers(c: Config) -> int:
+    """Parameters of the networks that stand in front of the blocks with experts."""
+    return c.n_dense_layers * count_ffn(c.d_model, c.d_ff_dense or c.d_ff or 0, gated=True)
 
 
 def _feed_forward(c: Config) -> int:
@@ -222,7 +237,7 @@ def count_active(config: Config) -> int:
         (config.n_encoder_layers or config.n_layers) if config.architecture == "encoder-decoder" else 0
     )
     idle = config.n_experts - config.experts_per_token
-    return total - layers * idle * count_ffn(config.d_model, config.d_ff or 0, gated=True)
+    return total - (layers - config.n_dense_layers) * idle * count_ffn(config.d_model, config.d_ff or 0, gated=True)
 
 
 def _check(where: str, **sizes: int) -> None:

@@ -10,6 +10,7 @@ from minillm.models.bert_weights import bert_config_of, bert_names, from_bert, h
 from minillm.models.blank import BLANK
 from minillm.models.config import Config
 from minillm.models.decoder import Decoder
+from minillm.models.deepseek_weights import deepseek_config, from_deepseek
 from minillm.models.encoder_decoder import EncoderDecoder
 from minillm.models.gpt2_weights import from_gpt2, gpt2_config
 from minillm.models.heads import MaskedLanguageModel
@@ -53,6 +54,7 @@ def _bert_class(weights: Arrays) -> type:
 FOREIGN = {
     "llama": Foreign(llama_config, from_llama, lambda _: Decoder, "max_position_embeddings"),
     "mixtral": Foreign(mixtral_config, from_mixtral, lambda _: Transformer, "max_position_embeddings"),
+    "deepseek_v3": Foreign(deepseek_config, from_deepseek, lambda _: Transformer, "max_position_embeddings"),
     "gpt2": Foreign(gpt2_config, lambda w, c: _shorter(from_gpt2(w, c), c), lambda _: Transformer, "n_positions"),
     "bert": Foreign(bert_config_of, _bert_state, _bert_class, "max_position_embeddings"),
     "roberta": Foreign(

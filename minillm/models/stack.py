@@ -62,7 +62,8 @@ class Stack(Module):
         )
         self.embedding_norm = make_norm(config.norm, config.d_model, config.norm_eps) if config.embedding_norm else None
         self.blocks = [
-            TransformerBlock(config, self.positions, rng, causal=causal, cross=cross) for _ in range(n_layers)
+            TransformerBlock(config, self.positions, rng, causal=causal, cross=cross, dense=i < config.n_dense_layers)
+            for i in range(n_layers)
         ]
         self.dropout = Dropout(config.dropout)
         pre = config.norm_place == "pre"

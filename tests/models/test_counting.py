@@ -170,13 +170,17 @@ def test_operations_are_those_on_the_tape(B, L, ffn, kv):
 
 
 @pytest.mark.equation("flops-block", "moe-params-active")
-@pytest.mark.parametrize("more", [{}, {"n_shared_experts": 2}, {"experts_per_token": 1, "router": "sigmoid"}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"n_shared_experts": 2, "n_dense_layers": 1, "d_ff_dense": 14}, {"experts_per_token": 1, "router": "sigmoid"}],
+)
 def test_operations_of_experts_are_those_on_the_tape(more):
     """Only the experts that a token visits, and the shared ones."""
     config = Config(13, 16, 2, 4, 2, d_ff=10, context=8, ffn="experts", n_experts=5, **more)
     done = costs.measured_products(make(config)(np.arange(14).reshape(2, 7) % 13))
     assert sum(done.values()) == costs.forward_flops(config, 2, 7, causal=False)
-    assert done["mixture_of_experts"] == 2 * 2 * 14 * config.experts_per_token * 3 * 16 * 10
+    layers = config.n_layers - config.n_dense_layers
+    assert done["mixture_of_experts"] == layers * 2 * 14 * config.experts_per_token * 3 * 16 * 10
 
 
 @pytest.mark.equation("flops-6nd", "flops-block")
@@ -269,6 +273,12 @@ BAD = {
     "parameters": (lambda: costs.tokens_per_parameter(0, 1), "tokens_per_parameter: P must be"),
     "length": (lambda: costs.block_flops(8, 2, 8, 0), "block_flops: L_k must be"),
     "batch": (lambda: costs.forward_flops(Config(3), 0, 2), "forward_flops: B must be"),
+    "dense": (
+        lambda: Config(3, n_dense_layers=1),
+        "n_dense_layers must be at most 0 without experts in one stack, got 1",
+    ),
+    "all dense": (lambda: Config(3, ffn="experts", n_dense_layers=5), "n_dense_layers must be at most 4, got 5"),
+    "scale": (lambda: Config(3, ffn="experts", expert_scale=0), "expert_scale must be a positive number, got 0"),
     "shaw": (lambda: costs.forward_flops(Config(3, positions="shaw"), 1, 2), "forward_flops: the configuration"),
     "uncounted": (
         lambda: costs.measured_products(

@@ -4,17 +4,24 @@ The model: latent attention with low-rank queries, then a dense layer first and 
 router, a bias in the choice, shared experts and a scale; with groups of experts of which a token may visit few.
 """
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from minillm.autograd import Tensor, grad, no_grad
+from minillm.cli import main
 from minillm.decoding import beam_search, generate, speculative_generate
 from minillm.decoding.drafters import LookupDrafter
 from minillm.decoding.law import Law
 from minillm.fused.linear import linear
 from minillm.fused.losses import cross_entropy
+from minillm.models.costs import cache_bytes
+from minillm.models.counting import count_model
+from minillm.models.deepseek_weights import from_deepseek
+from minillm.models.folder import load_folder
+from minillm.models.transformer import Transformer
 from minillm.nn import Embedding, Module, RMSNorm, SwiGLU
 from minillm.nn.cache import ModelCache
 from minillm.nn.experts import MixtureOfExperts
@@ -227,6 +234,58 @@ def test_cached_logits_are_the_uncached_ones_and_the_cache_is_narrow():
             start += n
     np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=2e-5)
     assert cache.nbytes == 4 * LAYERS * 2 * 15 * (D_C + D_R)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_folder_of_transformers_is_the_same_function_here(tmp_path, variant):
+    theirs = their_model(**VARIANTS[variant])
+    theirs.save_pretrained(tmp_path)
+    ours, ids = load_folder(tmp_path), some_ids()
+    assert type(ours) is Transformer and ours.config.n_dense_layers == 1
+    wanted = theirs(torch.from_numpy(ids)).logits.detach().numpy()
+    with no_grad():
+        np.testing.assert_allclose(ours(ids).data, wanted, atol=2e-5)
+        cache = ours.new_cache(3, 20)
+        found = [ours(ids[:, a:b], cache).data for a, b in ((0, 11), (11, 12), (12, 20))]
+    np.testing.assert_allclose(np.concatenate(found, 1), wanted, atol=2e-5)
+    assert cache.nbytes == cache_bytes(ours.config, 3, 20)
+    assert count_model(ours.config).total == ours.count_parameters()
+    in_memory = {name: array.detach().numpy() for name, array in theirs.state_dict().items()}
+    for name, array in from_deepseek(in_memory, ours.config).items():
+        np.testing.assert_array_equal(array, ours.state_dict()[name], err_msg=name)
+
+
+def test_a_folder_continues_a_text_as_theirs_does(tmp_path, capsys):
+    theirs = their_model()
+    theirs.save_pretrained(tmp_path)
+    prompt = some_ids(1, 6)
+    ends = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones(1, 6, dtype=torch.long)
+    wanted = theirs.generate(torch.from_numpy(prompt), attention_mask=mask, use_cache=False, **ends).numpy()[0, 6:]
+    options = ["--prompt-ids", ",".join(map(str, prompt[0])), "--max-new-tokens", "10", "--temperature", "0", "--json"]
+    assert main(["generate", "--checkpoint", str(tmp_path), *options]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["tokens"] == wanted.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob must be True, got False"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps must be 1e-06, got 1e-05"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "the scaling of rotary positions must be None"),
+        ({"kv_lora_rank": 0}, "d_latent must be a positive integer, got 0"),
+        ({"n_routed_experts": 7}, "with model.layers.1.mlp.experts.6.up_proj.weight among them"),
+        ({"n_shared_experts": 0}, "those of this architecture, got also model.layers.1.mlp.shared_experts"),
+        ({"num_experts_per_tok": 9}, "experts_per_token must be at most 6, got 9"),
+    ],
+)
+def test_folders_of_something_else_are_refused(tmp_path, change, words):
+    their_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=words):
+        load_folder(tmp_path)
 
 
 @pytest.mark.equation("greedy", "beam-search", "speculative-decoding")
