@@ -7,10 +7,11 @@ from typing import Any
 
 from minillm.checks import message, require
 from minillm.data.files import read_json, write_json
+from minillm.data.frames import Frame
 from minillm.data.pretrained_bpe import PretrainedBPE
 from minillm.data.sentencepiece_bpe import SentencePieceBPE
 from minillm.data.sentencepiece_json import read_sentencepiece, sentencepiece_json
-from minillm.data.tokenizer_parts import WHERE, in_order, read_roles, write_roles
+from minillm.data.tokenizer_parts import WHERE, in_order, read_frame, read_roles, write_frame, write_roles
 from minillm.data.wordpiece import WordPiece
 from minillm.data.wordpiece_json import read_wordpiece, wordpiece_json
 
@@ -66,13 +67,15 @@ def _read_byte_level(state: dict[str, Any], path: Path) -> PretrainedBPE:
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     for i, merge in enumerate(merges):
         require(len(merge) == 2, WHERE, f"merge {i} in {path}", "of two tokens", str(merge))
+    opening = read_frame(state.get("post_processor"), path, len(vocabulary)).opening
+    roles = read_roles(path.parent, added)
     return PretrainedBPE(
         vocabulary,
         merges,
         specials=added,
-        roles=read_roles(path.parent, added),
+        roles={"bos": opening[0], **roles} if opening else roles,
         split=rule,
-        adds_bos="TemplateProcessing" in json.dumps(state.get("post_processor")),
+        adds_bos=bool(opening),
         whole_pieces=bool(model.get("ignore_merges")),
     )
 
@@ -93,12 +96,19 @@ def write_tokenizer_json(tokenizer: PretrainedBPE | SentencePieceBPE | WordPiece
         state = sentencepiece_json(tokenizer)
     folder = Path(folder)
     write_json(folder / "tokenizer.json", state)
-    roles = write_roles(tokenizer.roles, {token: name for name, token in tokenizer.special_ids.items()})
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **roles})
+    roles: dict[str, Any] = dict(
+        write_roles(tokenizer.roles, {token: name for name, token in tokenizer.special_ids.items()})
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+    if isinstance(tokenizer, WordPiece):
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _byte_level_json(tokenizer: PretrainedBPE) -> dict[str, Any]:
     names = {token: name for name, token in tokenizer.special_ids.items()}
+    bos = [((tokenizer.bos_id,), 0)] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    frame = Frame((*bos, ("A", 0)), (*bos, ("A", 0), ("B", 1)))
     shown = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {
         "type": "BPE",
@@ -111,7 +121,7 @@ def _byte_level_json(tokenizer: PretrainedBPE) -> dict[str, Any]:
         "added_tokens": [{"id": token, "content": names[token], **shown} for token in sorted(names)],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": CUTS[tokenizer.split]},
-        "post_processor": None,
+        "post_processor": write_frame(frame, tokenizer.vocabulary),
         "decoder": {**_BYTES, "use_regex": True},
         "model": model,
     }

@@ -77,13 +77,13 @@ def read_frame(step: Any, path: Path, vocab_size: int) -> Frame:
         telling = [frame for frame in frames if frame != Frame()]
         require(len(telling) <= 1, WHERE, f"the post_processor in {path}", "one frame", f"{len(telling)}")
         return telling[0] if telling else Frame()
-    if kind == "BertProcessing":
+    if kind in ("BertProcessing", "RobertaProcessing"):
         cls, sep = [step["cls"][1]], [step["sep"][1]]
-        sides: list[Any] = [[[cls, 0], ["A", 0], [sep, 0]]]
-        sides.append([*sides[0], ["B", 1], [sep, 1]])
-        return Frame.from_lists(sides, vocab_size)
+        single = [[cls, 0], ["A", 0], [sep, 0]]
+        second = [["B", 1], [sep, 1]] if kind == "BertProcessing" else [[sep, 0], ["B", 0], [sep, 0]]
+        return Frame.from_lists([single, single + second], vocab_size)
     if kind != "TemplateProcessing":
-        wanted = "TemplateProcessing, BertProcessing or none"
+        wanted = "TemplateProcessing, that of BERT or RoBERTa, or none"
         raise ValueError(message(WHERE, f"the post_processor in {path}", wanted, str(kind)[:80]))
     specials = step.get("special_tokens") or {}
     sides = []

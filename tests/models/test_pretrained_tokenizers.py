@@ -79,6 +79,7 @@ def test_a_llama_2_folder_answers_in_a_conversation(folder, capsys):
 
 @pytest.mark.equation("bert-config", "cls-pooling", "special-tokens")
 def test_a_bert_folder_turns_two_texts_into_a_vector(tmp_path):
+    (tmp_path / "again").mkdir()
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     library = bert()
     written(library, tmp_path, **names)
@@ -96,6 +97,9 @@ def test_a_bert_folder_turns_two_texts_into_a_vector(tmp_path):
     assert isinstance(found.tokenizer, WordPiece)
     ids, segments = found.tokenizer.frame_texts(*texts)
     assert ids.tolist() == read["input_ids"][0].tolist() and segments.tolist() == read["token_type_ids"][0].tolist()
+    write_tokenizer_json(found.tokenizer, tmp_path / "again")
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")(*texts, return_tensors="pt")
+    assert {name: values.tolist() for name, values in again.items()} == {k: v.tolist() for k, v in read.items()}
     vector = pooled(found.model.hidden(ids[None], segments=segments[None]), "cls")
     np.testing.assert_allclose(vector.data, expected, atol=2e-5)
 
