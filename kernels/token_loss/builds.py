@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kernels.aot import Argument, Build, Compiled, constant, integer, pointer, real
-from kernels.token_loss import kernel_linear, kernel_rows, kernel_terms, traffic
+from kernels.token_loss import kernel_linear, kernel_rows, kernel_softmax, kernel_terms, traffic
 from kernels.token_loss.config import TOKENS, LinearTile, RowTile, lane_elements, linear_plan, loss_tile, row_tile
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -121,7 +121,7 @@ def softmax(dtype: str, V: int, log: bool) -> Build:
         "LOG": constant(log), **_tile(tile, dtype),
     }  # fmt: skip
     expected = traffic.issued_softmax(tile, ITEMSIZE[dtype])
-    return Build(kernel_rows._softmax_kernel, f"{'log ' * log}{_name(dtype, V)}", arguments, tile.warps, expected)
+    return Build(kernel_softmax._softmax_kernel, f"{'log ' * log}{_name(dtype, V)}", arguments, tile.warps, expected)
 
 
 def softmax_backward(dtype: str, V: int, log: bool) -> Build:
@@ -131,7 +131,7 @@ def softmax_backward(dtype: str, V: int, log: bool) -> Build:
         "DY": data, "X": data, "TOP": COLUMN, "LOG_SUM": COLUMN, "DX": data, **_sizes(V, True, False, "", "x_"),
         "scale": real(), "LOG": constant(log), **_tile(tile),
     }  # fmt: skip
-    return Build(kernel_rows._softmax_backward_kernel, f"{'log ' * log}{_name(dtype, V)}", arguments, tile.warps)
+    return Build(kernel_softmax._softmax_backward_kernel, f"{'log ' * log}{_name(dtype, V)}", arguments, tile.warps)
 
 
 def scale(dtype: str) -> Build:

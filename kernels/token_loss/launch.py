@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kernels import launching
 from kernels.launching import FUSED_MULTIPLY_ADD, on, rows_of
-from kernels.token_loss import kernel_rows, kernel_terms
+from kernels.token_loss import kernel_rows, kernel_softmax, kernel_terms
 from kernels.token_loss.config import TOKENS, RowTile, lane_elements, loss_tile, packed, row_tile
 
 rows_code: Any = kernel_rows  # what triton.jit returns, no type checker follows
+softmax_code: Any = kernel_softmax
 terms_code: Any = kernel_terms
 LOG2_E = 1.0 / math.log(2.0)
 KINDS = {"k1": 1, "k2": 2, "k3": 3}
@@ -234,7 +235,7 @@ def softmax(x: Tensor, log: bool, tile: RowTile | None = None) -> tuple[Tensor, 
         return y, top.zero_(), log_sum.zero_()
     tile = tile or row_tile(V, x.element_size())
     with on(x):
-        rows_code._softmax_kernel[(triton.cdiv(len(rows), tile.block_rows),)](
+        softmax_code._softmax_kernel[(triton.cdiv(len(rows), tile.block_rows),)](
             rows, y, top, log_sum, len(rows), V, *rows.stride(), LOG2_E,
             LOG=log, BLOCK_ROWS=tile.block_rows, BLOCK_V=tile.block_v, STAGES=tile.stages, **_lanes(rows),
             num_warps=tile.warps, num_stages=1, **FUSED_MULTIPLY_ADD,
@@ -253,7 +254,7 @@ def softmax_backward(
     tile = tile or row_tile(V, x.element_size())
     arriving = rows_of(dy)
     with on(x):
-        rows_code._softmax_backward_kernel[(triton.cdiv(len(rows), tile.block_rows),)](
+        softmax_code._softmax_backward_kernel[(triton.cdiv(len(rows), tile.block_rows),)](
             arriving, rows, top, log_sum, dx, len(rows), V, *arriving.stride(), *rows.stride(), LOG2_E,
             LOG=log, BLOCK_ROWS=tile.block_rows, BLOCK_V=tile.block_v, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=1, **FUSED_MULTIPLY_ADD,

@@ -10,9 +10,8 @@ from kernels import universal
 from kernels.problem import Problem
 from kernels.property import Property
 from kernels.subject import Subject, equal, execute, placed_operands
-from kernels.token_loss import launch, launch_linear, op, reference
+from kernels.token_loss import launch, launch_linear, op, reference, relations, relations_policy
 from kernels.token_loss import problems as p
-from kernels.token_loss.relations import RELATIONS
 from kernels.token_loss.scales import scales
 from kernels.tolerance import Expectation, Verdict, expect
 from kernels.universal import judged
@@ -186,4 +185,4 @@ def own_properties() -> tuple[Property, ...]:
     )  # fmt: skip
 
 
-PROPERTIES = (*own_properties(), *RELATIONS)
+PROPERTIES = (*own_properties(), *relations.RELATIONS, *relations_policy.RELATIONS)
