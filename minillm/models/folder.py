@@ -48,11 +48,12 @@ def read_weights(folder: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def load_folder(folder: str | os.PathLike, context: int | None = None) -> LoadedModel:
-    """A model from a folder: LLaMA, Mixtral, DeepSeek-V3, GPT-2, BERT, RoBERTa or T5; ``context`` makes it shorter.
+    """A model from a folder: LLaMA, Mistral, Mixtral, DeepSeek-V3, GPT-2, BERT, RoBERTa or T5.
 
-    What is made depends on the model type: a `Decoder` for LLaMA, a `Transformer` for Mixtral, DeepSeek-V3 and GPT-2
-    and for an encoder without its masked-token head, a `MaskedLanguageModel` for one with it, an `EncoderDecoder` for T5. Only
-    dynamic rotary positions and T5 can be made longer than their configuration says.
+    What is made depends on the model type: a `Decoder` for LLaMA and for a Mistral that sees every token; a `Transformer`
+    for other Mistrals, Mixtral, DeepSeek-V3 and GPT-2, and for an encoder without its masked-token head; a
+    `MaskedLanguageModel` for one with it; an `EncoderDecoder` for T5. ``context`` makes a model shorter; only dynamic
+    rotary positions and T5 can be made longer than their configuration says.
 
     Raises: FileNotFoundError for a missing file, ValueError for another architecture, a variant of one that we do not
         have, or damaged weights.

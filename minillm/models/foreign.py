@@ -16,6 +16,7 @@ from minillm.models.gpt2_weights import from_gpt2, gpt2_config
 from minillm.models.heads import MaskedLanguageModel
 from minillm.models.llama_rope import rope_kind
 from minillm.models.llama_weights import from_llama, llama_config
+from minillm.models.mistral_weights import from_mistral, mistral_class, mistral_config
 from minillm.models.mixtral_weights import from_mixtral, mixtral_config
 from minillm.models.t5_weights import from_t5, t5_config_of
 from minillm.models.transformer import Transformer
@@ -33,7 +34,7 @@ class Foreign(NamedTuple):
 
     config: Callable[[Mapping[str, Any], int | None], Config]
     state: Callable[[Arrays, Config], State]
-    make: Callable[[Arrays], type]
+    make: Callable[[Arrays, Config], type]
     longest: str | None
 
 
@@ -47,23 +48,24 @@ def _bert_state(weights: Arrays, config: Config) -> State:
     return _shorter(from_bert(weights, config, head=has_masked_head(weights)), config)
 
 
-def _bert_class(weights: Arrays) -> type:
+def _bert_class(weights: Arrays, config: Config) -> type:
     return MaskedLanguageModel if has_masked_head(weights) else Transformer
 
 
 FOREIGN = {
-    "llama": Foreign(llama_config, from_llama, lambda _: Decoder, "max_position_embeddings"),
-    "mixtral": Foreign(mixtral_config, from_mixtral, lambda _: Transformer, "max_position_embeddings"),
-    "deepseek_v3": Foreign(deepseek_config, from_deepseek, lambda _: Transformer, "max_position_embeddings"),
-    "gpt2": Foreign(gpt2_config, lambda w, c: _shorter(from_gpt2(w, c), c), lambda _: Transformer, "n_positions"),
+    "llama": Foreign(llama_config, from_llama, lambda *_: Decoder, "max_position_embeddings"),
+    "mistral": Foreign(mistral_config, from_mistral, mistral_class, "max_position_embeddings"),
+    "mixtral": Foreign(mixtral_config, from_mixtral, lambda *_: Transformer, "max_position_embeddings"),
+    "deepseek_v3": Foreign(deepseek_config, from_deepseek, lambda *_: Transformer, "max_position_embeddings"),
+    "gpt2": Foreign(gpt2_config, lambda w, c: _shorter(from_gpt2(w, c), c), lambda *_: Transformer, "n_positions"),
     "bert": Foreign(bert_config_of, _bert_state, _bert_class, "max_position_embeddings"),
     "roberta": Foreign(
         roberta_config_of,
         lambda w, c: _bert_state(bert_names(w), c),
-        lambda w: _bert_class(bert_names(w)),
+        lambda w, c: _bert_class(bert_names(w), c),
         "max_position_embeddings",
     ),
-    "t5": Foreign(lambda c, length: t5_config_of(c, length or 512), from_t5, lambda _: EncoderDecoder, None),
+    "t5": Foreign(lambda c, length: t5_config_of(c, length or 512), from_t5, lambda *_: EncoderDecoder, None),
 }
 
 
@@ -97,6 +99,6 @@ def our_config(theirs: Mapping[str, Any], where: str, context: int | None = None
 def our_model(kind: str, config: Config, weights: Arrays) -> LoadedModel:
     """The model with these weights; they are looked at before memory of the described size is taken."""
     state = FOREIGN[kind].state(weights, config)
-    model = FOREIGN[kind].make(weights)(config, BLANK)
+    model = FOREIGN[kind].make(weights, config)(config, BLANK)
     model.load_state_dict(state)
     return model

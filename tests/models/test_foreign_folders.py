@@ -60,6 +60,13 @@ def theirs_of(kind: str):
         "bert encoder": lambda: transformers.BertModel(transformers.BertConfig(**BERT, hidden_act="relu")),
         "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT, type_vocab_size=1)),
         "roberta encoder": lambda: transformers.RobertaModel(transformers.RobertaConfig(**BERT)),
+        "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA, sliding_window=5)),
+        "mistral, wide heads": lambda: transformers.MistralForCausalLM(
+            transformers.MistralConfig(**{**LLAMA, "head_dim": 12}, sliding_window=None)
+        ),
+        "mistral that sees all": lambda: transformers.MistralForCausalLM(
+            transformers.MistralConfig(**LLAMA, sliding_window=None)
+        ),
         "mixtral": lambda: transformers.MixtralForCausalLM(
             transformers.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=7)
         ),
@@ -91,6 +98,7 @@ CLASSES = {
     "gpt2": Transformer, "gpt2 exact": Transformer, "bert": MaskedLanguageModel, "mixtral": Transformer,
     "bert pretraining": MaskedLanguageModel, "bert encoder": Transformer, "roberta": MaskedLanguageModel,
     "roberta encoder": Transformer, "t5": EncoderDecoder,
+    "mistral": Transformer, "mistral, wide heads": Transformer, "mistral that sees all": Decoder,
 }  # fmt: skip
 
 
