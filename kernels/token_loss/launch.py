@@ -119,6 +119,15 @@ def statistics(
     return found
 
 
+def _own(rows: Tensor, logits: Tensor) -> Tensor:
+    """The rows, if they are the logits' own memory: written over a copy, the gradient would be lost without a word."""
+    if rows.data_ptr() != logits.data_ptr():
+        raise ValueError(
+            f"in place needs logits whose rows are a view, got strides {logits.stride()}: call .contiguous()."
+        )
+    return rows
+
+
 def gradient(
     logits: Tensor, targets: Tensor, found: Statistics, coefficients: tuple[Tensor | None, ...], temperature: float,
     ignored: int, inplace: bool = False, tile: RowTile | None = None,
@@ -130,7 +139,7 @@ def gradient(
         return out
     a, b, c, d = coefficients
     tile = tile or row_tile(V, logits.element_size())
-    written = rows if inplace else rows_of(out)
+    written = _own(rows, logits) if inplace else rows_of(out)
     with on(logits):
         rows_code._gradient_kernel[(triton.cdiv(len(rows), tile.block_rows),)](
             rows, targets, found.top, found.log_sum, None if b is None else found.entropy, a, b, c, d, written,
@@ -159,7 +168,7 @@ def loss_and_gradient(
     if len(rows) == 0:
         return value, logp, lse, entropy, watched, out
     tile = tile or loss_tile(V, logits.element_size())
-    written = rows if inplace else rows_of(out)
+    written = _own(rows, logits) if inplace else rows_of(out)
     p = policy or PolicyTerms(old=weight, advantage=weight)  # the numbers of a policy loss that is not asked for
     with on(logits):
         rows_code._loss_kernel[(triton.cdiv(len(rows), tile.block_rows),)](

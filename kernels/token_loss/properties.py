@@ -96,6 +96,7 @@ def in_place(subject: Subject, problem: Problem) -> list[Verdict]:
 
 def in_place_launch(subject: Subject, problem: Problem) -> list[Verdict]:
     """The same kernel writing elsewhere and over its input: equal bits, for both kernels that write gradients."""
+    whole = torch.contiguous_format  # axes in another order are no rows that could be written over
     placed, constants = placed_operands(subject, problem)
     logits = placed[0].tensor
     targets = constants[0].tensor.reshape(-1).contiguous()  # type: ignore[union-attr]
@@ -105,14 +106,18 @@ def in_place_launch(subject: Subject, problem: Problem) -> list[Verdict]:
     pairs: list[Any] = []
     for terms in (launch.LikelihoodTerms(0.1, 0.01), policy):
         both = [
-            launch.loss_and_gradient(logits.clone(), targets, weight, terms, 1.0, ignored, inplace, problem.launch)
+            launch.loss_and_gradient(
+                logits.clone(memory_format=whole), targets, weight, terms, 1.0, ignored, inplace, problem.launch
+            )
             for inplace in (False, True)
         ]
         pairs += [(both[0][k], both[1][k]) for k in (0, 1, 2, 5)]
     found = launch.statistics(logits, targets, 1.0, ignored)
     column = (weight, weight, None, None)
     both = [
-        launch.gradient(logits.clone(), targets, found, column, 1.0, ignored, inplace, problem.launch)
+        launch.gradient(
+            logits.clone(memory_format=whole), targets, found, column, 1.0, ignored, inplace, problem.launch
+        )
         for inplace in (False, True)
     ]
     return [equal("loss and gradient", pairs), equal("gradient", [(both[0], both[1])])]

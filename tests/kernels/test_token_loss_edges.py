@@ -276,6 +276,33 @@ def test_more_rows_than_a_second_grid_axis_holds():
     torch.testing.assert_close(found.logp, expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("V", [262_144, 262_143])
+def test_a_vocabulary_of_a_quarter_million(V):
+    """Many tiles a row, with and without rows that begin at multiples of 16 bytes: statistics, loss and gradient."""
+    z, t = normal(2, V).half().requires_grad_(), ids(2, V=V)
+    loss = op.cross_entropy(z, t)
+    (dz,) = torch.autograd.grad(loss, z)
+    exact = z.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, t)
+    (wanted,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(loss.double(), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(dz.double(), wanted, atol=2.0**-24, rtol=2e-3)
+    logp, lse, entropy = op.token_logprobs(z, t)
+    log_p = torch.log_softmax(exact, -1)
+    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), atol=5e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), torch.logsumexp(exact, -1), atol=2e-5, rtol=0)
+    torch.testing.assert_close(logp.double(), log_p.gather(-1, t[:, None])[:, 0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("function", ["loss_and_gradient", "gradient"])
+def test_a_launch_in_place_refuses_rows_that_are_a_copy(function):
+    z = normal(2, 3, 4).transpose(0, 1)
+    t, weight, found = ids(6, V=4), torch.ones(6), launch.statistics(z, ids(6, V=4), 1.0, -100)
+    how = (weight, launch.LikelihoodTerms()) if function == "loss_and_gradient" else (found, (weight, None, None, None))
+    with pytest.raises(ValueError, match="rows are a view"):
+        getattr(launch, function)(z, t, *how, 1.0, -100, True)
+
+
 FAR = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
