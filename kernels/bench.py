@@ -85,15 +85,19 @@ def bench(
     while waiting:
         share = SHARES.get(waiting[0], 1) / sum(SHARES.get(family, 1) for family in waiting)
         family = waiting.pop(0)
-        now = time.monotonic()
+        now, about = time.monotonic(), machine()  # asking takes long enough to do it once
         run = FamilyRun(family, clock, ceilings, device, now + share * max(finish - now, 0.0), quick, say)
         try:
             for found in run.cases():
                 rows += found
                 if out:
-                    write(rows, out)
+                    write(rows, out, about)
                 else:
-                    write([row for row in rows if row["family"] == family], RESULTS / f"{family}_{slug(device)}.json")
+                    write(
+                        [row for row in rows if row["family"] == family],
+                        RESULTS / f"{family}_{slug(device)}.json",
+                        about,
+                    )
         except Exception as error:
             run.faults.append(f"{family}: {error if isinstance(error, WrongResults) else brief(error)}")
         faults += run.faults
@@ -186,12 +190,12 @@ def sweep(family: str, say: Callable[[str], None] = lambda text: None) -> list[d
     return rows
 
 
-def write(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Save rows with the versions of everything that made them."""
+def write(rows: Sequence[Mapping[str, Any]], path: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+    """Save rows with the versions of everything that made them (``about``: what `machine` has said already)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n")
+    beside.write_text(json.dumps({"machine": about or machine(), "rows": list(rows)}, indent=1) + "\n")
     beside.replace(path)
     return path
 
