@@ -64,7 +64,8 @@ def run(args: argparse.Namespace, name: str) -> int:
         sys.stdout.flush()
         return int(code or 0)
     except KeyboardInterrupt:
-        print(f"minillm {name}: interrupted", file=sys.stderr)
+        hint = "; --resume goes on from the last checkpoint" if hasattr(args, "resume") else ""
+        print(f"minillm {name}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
