@@ -5,7 +5,7 @@ the second-level cache is flushed before every call (where a case asks for it, a
 flush is long enough to hide the host's part of the launch; times come from GPU events; the median counts, of fewer calls where time runs out. A ratio is
 ours / peer: low is good. ``limit`` is the time that the compulsory bytes of the case take at the measured copy rate,
 or its operations at the measured rate of a large bf16 matrix product, whichever is longer, and ``of_limit`` the
-share of it reached.
+share of it reached. ``ours_host_s`` is the time that a call takes on the host.
 
 A GPU is lent for minutes, so nothing may cost a run what it has found: rows are written as each case ends, a peer or
 a case that fails is said and left out, every family has its share of the time, and what it leaves unused goes on to
@@ -50,6 +50,7 @@ def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str
         contenders["product"] = ceilings.product
     medians = take_turns(contenders, clock, blocks, repeats, case.flush, seconds)
     memory = {name: clock.memory(call) for name, call in calls.items()}
+    host = {name: clock.host(call) for name, call in calls.items()}
     ours = statistics.median(medians["ours"])
     rate = ceilings.copy_bytes / statistics.median(medians["copy"])
     flop_rate = ceilings.product_flops / statistics.median(medians["product"]) if "product" in medians else None
@@ -60,7 +61,8 @@ def measure(family: str, case: Case, clock: Any, ceilings: Ceilings, device: str
                "peer_s": None, "ratio": None, "limit": limit, "of_limit": limit / ours, "device": device,
                "bytes": case.bytes, "flops": case.flops, "copy_bytes_per_s": rate,
                "product_flops_per_s": flop_rate, "peer_of_limit": None, "line": case.line, "size": case.size,
-               "ours_mib": memory["ours"], "peer_mib": memory[peer] if peer else None}  # fmt: skip
+               "ours_mib": memory["ours"], "peer_mib": memory[peer] if peer else None,
+               "ours_host_s": host["ours"], "peer_host_s": host[peer] if peer else None}  # fmt: skip
         if peer is not None:
             row["peer_s"] = statistics.median(medians[peer])
             row["ratio"] = statistics.median(a / b for a, b in zip(medians["ours"], medians[peer]))

@@ -22,6 +22,9 @@ class ToldClock:
         slowness = 1 + len(self.order) // 1000
         return [call() * slowness] * repeats
 
+    def host(self, call):
+        return call() / 1000
+
     def memory(self, call):
         return 16 * call()
 
@@ -42,6 +45,7 @@ def test_rows_say_ratio_and_share_of_the_copy_rate():
     rows = bench.measure("norm", case, ToldClock(), bench.Ceilings(lambda: 10.0, 10_000), device="d")
     assert [row["peer"] for row in rows] == ["torch", "x"]
     assert [row["ratio"] for row in rows] == [0.5, 2.0]
+    assert (rows[0]["ours_host_s"], rows[0]["peer_host_s"]) == (0.002, 0.004)
     assert rows[0]["limit"] == 1.0  # 1000 bytes at 1000 bytes a second
     assert rows[0]["of_limit"] == 0.5
     assert {"family", "case", "dtype", "ours_s", "peer", "peer_s", "ratio", "limit", "of_limit", "device"} <= rows[
