@@ -4,6 +4,7 @@
 # pyright: reportCallIssue=false
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kernels.contenders import Case, alike, brief, made, prepared
 from kernels.experts import launch, launch_routing, op, traffic
+from kernels.experts.config import Tile
 from minillm.checks import MissingPackageError, optional_import
 
 # N, E, k, d_model, d_ff
@@ -189,3 +191,32 @@ def _layer(device, dtype, N, E, k, d, d_ff, name: str, skew: bool, say) -> Itera
     yield Case(f"layer backward {name}", kind, 2 * moved,
                prepared({n: partial(_pull, f, operands, experts) for n, f in backward.items()}, say, name), 2 * flops,
                flush=False, line=f"layer backward E={E}{f' {ZIPF}' * skew}", size=N)  # fmt: skip
+
+
+def sweep_cases(device: str, shapes=SHAPES[:2]) -> Iterator[Case]:
+    """The grouped product forward, and with both gradients, with the neighbours of the tile for rows and of that for weights."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for N, E, k, d, d_ff in shapes:
+        _, experts, *_ = launch_routing.route(_logits(device, N, E, False), None, k, False, True)
+        _, _, offsets = launch_routing.pack(experts, E, None)
+        x, w = _normal(device, dtype, N * k, d), _normal(device, dtype, E, d_ff, d, scale=d**-0.5)
+        dy, own = _normal(device, dtype, N * k, d_ff), launch.plan_for(N * k, E, x)
+        kind, flops = str(dtype).removeprefix("torch."), traffic.product_flops(N * k, d, d_ff)
+        moved = traffic.product_bytes(N * k, d, d_ff, E, dtype.itemsize)
+        rows = {
+            str(t): partial(launch.grouped_linear, x, w, offsets, replace(own, down=t)) for t in _around_tile(own.down)
+        }
+        yield Case(f"grouped product N={N} E={E}", kind, moved, rows, flops, flush=False)
+        pull = partial(launch.grouped_linear_backward, dy, x, w, offsets)
+        both = {str(t): partial(pull, replace(own, weights=t)) for t in _around_tile(own.weights)}
+        yield Case(f"its gradients N={N} E={E}", kind, 2 * moved, both, 2 * flops, flush=False)
+
+
+def _around_tile(tile: Tile) -> list[Tile]:
+    """Half and double of each side and of the warps, one step more or less under way."""
+    found = {tile}
+    for name in ("block_m", "block_n", "block_k", "warps"):
+        value = getattr(tile, name)
+        found |= {replace(tile, **{name: v}) for v in (value // 2, value * 2) if v >= (1 if name == "warps" else 16)}
+    found |= {replace(tile, stages=s) for s in (tile.stages - 1, tile.stages + 1) if s >= 1}
+    return sorted(found, key=str)

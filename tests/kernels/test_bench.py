@@ -296,3 +296,18 @@ def test_every_case_of_a_family_runs(family, shapes):
         rows += bench.measure(family, case, timing.WallClock(), ceilings, "cpu", 1, 1, say=said.append)
     assert {row["peer"] for row in rows} & {"sdpa", "torch", "loop", "softmax sdpa"}
     assert not [text for text in said if "ours" in text.split(":")[0]]
+
+
+@pytest.mark.parametrize("family", registry.FAMILIES)
+def test_every_family_can_be_asked_for_other_launch_sizes(family):
+    assert callable(registry.load_part(family, "benchmark").sweep_cases)
+
+
+def test_the_sweep_of_the_experts_holds_the_shipped_tiles_and_runs():
+    module, names = registry.load_part("experts", "benchmark"), []
+    for case in module.sweep_cases("cpu", module.SMALLEST_SHAPES):
+        assert len(case.contenders) > 5
+        first = next(iter(case.contenders.values()))
+        first()
+        names.append(case.name)
+    assert len(names) == 2
