@@ -40,9 +40,9 @@ def _example_is(rng):
 
 def _log_ratio(name: str, upper: Any, lower: Any) -> Tensor:
     """The difference of two log-probs of the same tokens; other shapes would be stretched without a word."""
-    upper, lower = as_tensor(upper), as_tensor(lower)
-    require(lower.shape == upper.shape, name, "the two log-probs", "of one shape", f"{upper.shape} and {lower.shape}")
-    return ops.subtract(upper, lower)
+    over, under = as_tensor(upper).shape, as_tensor(lower).shape
+    require(over == under, name, "the two log-probs", "of one shape", f"{over} and {under}")
+    return ops.subtract(upper, lower)  # as they came: an array takes the precision of the tensor beside it
 
 
 @written("kl_estimator_k1", example=_example)
