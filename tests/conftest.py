@@ -39,6 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skips = {}
     if not CI:
         skips["slow"] = pytest.mark.skip(reason="slow: runs with CI=1")
+    else:
+        skips["quick"] = pytest.mark.skip(reason="quick: a slow test of the same runs")
     if any(item.get_closest_marker("gpu") for item in items) and not has_gpu():
         skips["gpu"] = pytest.mark.skip(reason="needs a GPU")
     for item in items:

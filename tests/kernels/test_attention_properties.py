@@ -27,26 +27,28 @@ FEW = {  # which functions the fast part tries; `attention` is one of two result
 HALF = ("reference",)  # what float16 is tried on in the fast part; the slow part tries all
 
 
-def check(name, examples, dtypes=None, functions=None):
+def check(names, examples, dtypes=None, functions=None):
     subject = compare.our_subject("attention")
     if functions:
         subject = replace(subject, functions={f: subject.functions[f] for f in functions})
-    outcomes = compare.compare("attention", subject, examples=examples, number=0, properties=[name], dtypes=dtypes)
+    outcomes = compare.compare("attention", subject, examples=examples, number=0, properties=names, dtypes=dtypes)
     assert outcomes
     print(compare.report(outcomes))
     failed = [outcome for outcome in outcomes if not outcome.passed]
     assert not failed, compare.report(failed)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(name):
-    check(name, 3, ("float32", "float16") if name in HALF else ("float32",), FEW.get(name))
+    check([name], 3, ("float32", "float16") if name in HALF else ("float32",), FEW.get(name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_property_on_more_examples(name):
-    check(name, 10)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_properties_on_many_examples(dtype):
+    """In one call, so that what several properties look at is computed once."""
+    check(list(PROPERTIES), 10, dtypes=[dtype])
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -18,22 +18,24 @@ pytestmark = [
 PROPERTIES = {prop.name: prop for prop in registry.load("decode").PROPERTIES}
 
 
-def check(names, examples):
-    outcomes = compare.compare("decode", examples=examples, number=0, properties=names)
+def check(names, examples, dtypes=None):
+    outcomes = compare.compare("decode", examples=examples, number=0, properties=names, dtypes=dtypes)
     assert outcomes
     print(compare.report(outcomes))
     assert all(outcome.passed for outcome in outcomes), compare.report([o for o in outcomes if not o.passed])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(name):
     check([name], examples=4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_property_on_many_examples(name):
-    check([name], examples=16)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_properties_on_many_examples(dtype):
+    """In one call, so that what several properties look at is computed once."""
+    check(list(PROPERTIES), 16, dtypes=[dtype])
 
 
 def test_generation_step_by_step_equals_minillm():

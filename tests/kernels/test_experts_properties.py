@@ -33,12 +33,14 @@ def check(names, examples, dtypes=None):
     assert not failed, compare.report(failed)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(name):
     check([name], examples=3, dtypes=None if name in ("reference", "gradient") else ("float32",))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_property_on_many_examples(name):
-    check([name], examples=6)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_properties_on_many_examples(dtype):
+    """In one call, so that what several properties look at is computed once."""
+    check(list(PROPERTIES), 6, dtypes=[dtype])

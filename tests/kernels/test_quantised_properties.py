@@ -15,22 +15,24 @@ pytestmark = [
 PROPERTIES = {prop.name: prop for prop in registry.load("quantised").PROPERTIES}
 
 
-def check(names, examples):
-    outcomes = compare.compare("quantised", examples=examples, number=0, properties=names)
+def check(names, examples, dtypes=None):
+    outcomes = compare.compare("quantised", examples=examples, number=0, properties=names, dtypes=dtypes)
     assert outcomes
     failed = [outcome for outcome in outcomes if not outcome.passed]
     assert not failed, compare.report(failed)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(name):
     check([name], examples=4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_property_on_many_examples(name):
-    check([name], examples=25)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_properties_on_many_examples(dtype):
+    """In one call, so that what several properties look at is computed once."""
+    check(list(PROPERTIES), 20, dtypes=[dtype])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nf4_double"])

@@ -46,6 +46,7 @@ def check(names, examples, dtypes=None, functions=None):
     assert not failed, compare.report(failed)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(name):
     turn = ("float32", "float16")[sorted(PROPERTIES).index(name) % 2]
@@ -53,9 +54,10 @@ def test_property(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_property_on_many_examples(name):
-    check([name], examples=8)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_properties_on_many_examples(dtype):
+    """In one call, so that what several properties look at is computed once."""
+    check(list(PROPERTIES), 8, dtypes=[dtype])
 
 
 @pytest.fixture
