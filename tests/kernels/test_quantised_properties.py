@@ -32,7 +32,7 @@ def test_property(name):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_all_properties_on_many_examples(dtype):
     """In one call, so that what several properties look at is computed once."""
-    check(list(PROPERTIES), 20, dtypes=[dtype])
+    check(list(PROPERTIES), 10, dtypes=[dtype])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nf4_double"])

@@ -73,8 +73,8 @@ def test_honest_variants_pass(function, name, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("function", "name", "dtype"), HONEST)
-def test_honest_variants_pass_a_thousand_times(function, name, dtype):
-    assert (ratios(function, name, dtype, 1000) <= 1).all()
+def test_honest_variants_pass_on_many_draws(function, name, dtype):
+    assert (ratios(function, name, dtype, 400) <= 1).all()
 
 
 @pytest.mark.parametrize(
